@@ -1,0 +1,432 @@
+"""Text to memory-mapped tokens: the Pile, your own files, or the sources of Python's standard library.
+
+    python prepare_pile.py                                               # the Pile from the hub -> data/pile
+    python prepare_pile.py --source stdlib                               # this machine's Python -> data/stdlib
+    python prepare_pile.py --source 'shards/*.jsonl.zst' --out_dir data/mine
+    python prepare_pile.py --source notes/ book.txt --tokenizer bytes --out_dir data/notes
+
+What it writes into --out_dir, which appears whole, at the end, or not at all:
+    train_000.bin, train_001.bin, ...   token ids, flat little-endian uint16; every document ends with <|endoftext|>
+    val.bin                             the validation split, in the same form
+    meta.json                           tokenizer, vocab_size, counts of tokens and documents, source
+
+A document goes to validation if the hash of its text falls below --val_fraction, so the split depends neither on the
+order of the documents nor on the number of workers; equal documents always fall on the same side.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+PILE = "monology/pile-uncopyrighted"
+PAPER_TOKENS = 60_000 * 512 * 1024  # what Table 8 trains on: steps * sequences * tokens
+# What depends on the source: where it goes, how it is tokenized, how much is held out, and how much is enough.
+SOURCES = {
+    "pile": dict(out_dir="data/pile", tokenizer="gpt2", val_fraction=0.001, max_tokens=PAPER_TOKENS),
+    "stdlib": dict(out_dir="data/stdlib", tokenizer="bytes", val_fraction=0.05, max_tokens=None),
+    "files": dict(out_dir="data/files", tokenizer="gpt2", val_fraction=0.05, max_tokens=None),
+}
+BATCH_CHARS = 2**20  # text handed to a worker at a time
+TEXT_PIECE = 2**20  # a plain text file is cut at line ends into documents of about so many bytes: memory stays flat
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input, one line each (train.py and sample.py use these too)
+
+
+class BadInput(Exception):
+    """Something the user can mend. The message names the flag or file, its value and the mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that does not guess at shortened flags and reports an error in one line."""
+
+    def __init__(self, description, **kwargs):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
+
+def run_command(main):
+    """Run main(); bad input ends in one line on standard error and exit status 2, Ctrl-C in status 130."""
+    try:
+        main()
+    except BadInput as error:
+        message = " ".join(str(error).split())  # one line, whatever a library put into it
+        if os.environ.get("RANK", "0") == "0":  # one line, however many processes found it
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def get_tokenizer(name):
+    """A tiktoken.Encoding: "gpt2" (50257 tokens) or "bytes" (256 bytes and <|endoftext|>: 257). Raises BadInput."""
+    if name == "bytes":
+        return tiktoken.Encoding(
+            name="bytes",
+            pat_str=r"[\s\S]+",
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+            special_tokens={"<|endoftext|>": 256},
+        )
+    if name != "gpt2":
+        raise BadInput(f"tokenizer {name!r} is unknown: choose gpt2 or bytes")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:  # requests' connection errors are OSErrors
+        raise BadInput(
+            f"the gpt2 vocabulary is not on this machine and cannot be downloaded ({type(error).__name__}): run "
+            "`TIKTOKEN_CACHE_DIR=DIR python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")'` on a machine that "
+            "is online, copy DIR here and set TIKTOKEN_CACHE_DIR to it; or use --tokenizer bytes"
+        ) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading documents
+
+
+class Reader:
+    """Yields the documents of a source as strings, in order; counts the ones skipped as bad.
+
+    sources: "pile", "stdlib", or files, folders and glob patterns. Files ending in .jsonl, .jsonl.zst, .jsonl.gz and
+    .parquet are shards with a "text" column; every other file is plain text.
+    Raises BadInput that names the file (and line) of a bad document, unless skip_bad.
+    """
+
+    def __init__(self, sources, skip_bad=False):
+        self.sources = sources
+        self.skip_bad = skip_bad
+        self.skipped = 0
+        self.kind = sources[0] if sources[0] in ("pile", "stdlib") else "files"
+        if len(sources) > 1 and set(sources) & {"pile", "stdlib"}:
+            raise BadInput(f"--source {' '.join(sources)}: pile and stdlib stand alone, not beside others")
+        if self.kind == "stdlib":
+            self.skip_bad = True  # the standard library's own tests hold a few files that are not UTF-8, on purpose
+            self.paths = standard_library_files()
+        elif self.kind == "files":
+            self.paths = [path for source in sources for path in expand(source)]
+
+    def __iter__(self):
+        if self.kind == "pile":
+            yield from self.read_hub(PILE)
+            return
+        for path in self.paths:
+            name = path.lower()
+            try:
+                if name.endswith((".jsonl", ".jsonl.zst", ".jsonl.gz")):
+                    yield from self.read_jsonl(path)
+                elif name.endswith(".parquet"):
+                    yield from self.read_parquet(path)
+                else:
+                    yield from self.read_text(path)
+            except OSError as error:
+                raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
+
+    def bad(self, message):
+        """Count a bad document under --skip_bad, else stop."""
+        if not self.skip_bad:
+            raise BadInput(f"{message}; mend it, or go on without it by --skip_bad")
+        self.skipped += 1
+
+    def read_text(self, path):
+        with open(path, "rb") as file:
+            offset = 0
+            while lines := file.readlines(TEXT_PIECE):
+                piece = b"".join(lines)
+                try:
+                    yield piece.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    self.bad(f"{path}: not UTF-8 (byte 0x{piece[error.start]:02x} at offset {offset + error.start})")
+                offset += len(piece)
+
+    def read_jsonl(self, path):
+        import zstandard
+
+        number = 0
+        try:
+            with open(path, "rb") as raw:
+                file = raw
+                if path.lower().endswith(".zst"):
+                    file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+                elif path.lower().endswith(".gz"):
+                    file = gzip.GzipFile(fileobj=raw)
+                for number, line in enumerate(file, start=1):
+                    try:
+                        text = json.loads(line)["text"]
+                        if not isinstance(text, str):
+                            raise TypeError
+                    except UnicodeDecodeError:
+                        self.bad(f"{path} line {number}: not UTF-8")
+                    except ValueError as error:
+                        self.bad(f"{path} line {number}: not JSON ({error})")
+                    except (KeyError, TypeError):
+                        self.bad(f'{path} line {number}: no string "text" in it')
+                    else:
+                        yield text
+        except (zstandard.ZstdError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+            self.bad(f"{path} after line {number}: the compressed file is damaged ({error})")
+
+    def read_parquet(self, path):
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                if "text" not in file.schema_arrow.names:
+                    raise pyarrow.ArrowInvalid(f'no column "text" among {file.schema_arrow.names}')
+                row = 0
+                for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                    for text in batch.column("text").to_pylist():
+                        row += 1
+                        if isinstance(text, str):
+                            yield text
+                        else:
+                            self.bad(f'{path} row {row}: no string "text" in it')
+        except pyarrow.ArrowException as error:
+            self.bad(f"{path}: not a parquet shard of texts ({error})")
+
+    def read_hub(self, name):
+        import datasets
+
+        try:
+            for row in datasets.load_dataset(name, split="train", streaming=True):
+                yield row["text"]
+        except OSError as error:
+            raise BadInput(
+                f"{name} cannot be read from the hub ({error}): mend the connection, or give local shards by "
+                "--source 'DIR/*.jsonl.zst'"
+            ) from None
+
+
+def standard_library_files():
+    """The .py files of this Python's standard library (not what is installed into it), sorted: a list of paths."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(root.rglob("*.py"))
+    files = [str(f) for f in files if "site-packages" not in f.parts and "dist-packages" not in f.parts]
+    if not files:
+        raise BadInput(f"--source stdlib: {root} holds no .py files; give text of your own by --source")
+    return files
+
+
+def expand(pattern):
+    """A file, a folder (every file below it but hidden ones) or a glob pattern (** for any depth): a list of paths."""
+    paths = []
+    for path in sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else []):
+        if os.path.isdir(path):
+            below = (p for p in sorted(Path(path).rglob("*")) if p.is_file())
+            paths += [str(p) for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        else:
+            paths.append(path)
+    if not paths:
+        raise BadInput(f"--source {pattern}: nothing is there; give a file, a folder, a glob pattern, pile or stdlib")
+    return paths
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizing and writing
+
+
+def in_validation(text, val_fraction):
+    """Whether a document belongs to the validation split: its hash, as a fraction of all hashes, is small enough."""
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < val_fraction * 2**64
+
+
+def tokenize(texts, tokenizer, val_fraction):
+    """A list of texts -> a list of (tokens uint16 with <|endoftext|> at the end, length in bytes, in validation?)."""
+    documents = []
+    for text in texts:
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON's \ud83d can spell but UTF-8 cannot
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            raw = text.encode("utf-8")
+        # disallowed_special=(): a text that spells "<|endoftext|>" is text like any other
+        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+        tokens = np.append(tokens, tokenizer.eot_token).astype("<u2")
+        documents.append((tokens, len(raw), in_validation(raw, val_fraction)))
+    return documents
+
+
+def batches(documents):
+    """Group documents into lists of about BATCH_CHARS characters."""
+    batch, size = [], 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def ordered_map(executor, function, items, window):
+    """Like executor.map, but at most `window` items are in flight, so memory does not grow with the input."""
+    pending = collections.deque()
+    for item in items:
+        pending.append(executor.submit(function, item))
+        if len(pending) >= window:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+class ShardWriter:
+    """Writes documents to folder/name.bin or, with shard_tokens, to name_000.bin, name_001.bin and so on."""
+
+    def __init__(self, folder, name, shard_tokens=None):
+        self.folder, self.name, self.shard_tokens = Path(folder), name, shard_tokens
+        self.tokens = self.documents = self.shards = 0
+        self.left = 0  # tokens that still fit into the open shard
+        self.file = None
+
+    def write(self, tokens):
+        self.documents += 1
+        while len(tokens):
+            if self.left == 0:
+                self.close()
+                name = f"{self.name}_{self.shards:03d}.bin" if self.shard_tokens else f"{self.name}.bin"
+                self.file = open(self.folder / name, "wb")
+                self.shards += 1
+                self.left = self.shard_tokens or sys.maxsize
+            here, tokens = tokens[: self.left], tokens[self.left :]
+            here.tofile(self.file)
+            self.left -= len(here)
+            self.tokens += len(here)
+
+    def close(self):
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+        self.file = None
+
+
+def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens=None, shard_tokens=10**8, workers=None,
+            skip_bad=False, quiet=False):  # fmt: skip
+    """Tokenize `sources` (a list, see Reader) into the folder out_dir and return its meta.json as a dict.
+
+    What is None takes SOURCES' value for this kind of source, `workers` the number of cores. Raises BadInput; then
+    out_dir is as it was before.
+    """
+    reader = Reader(sources, skip_bad)
+    default = SOURCES[reader.kind]
+    out_dir = Path(default["out_dir"] if out_dir is None else out_dir)
+    tokenizer = get_tokenizer(default["tokenizer"] if tokenizer is None else tokenizer)
+    val_fraction = default["val_fraction"] if val_fraction is None else val_fraction
+    max_tokens = default["max_tokens"] if max_tokens is None else max_tokens
+    workers = os.cpu_count() if workers is None else workers
+    if not 0 < val_fraction < 1:
+        raise BadInput(f"--val_fraction={val_fraction} must lie between 0 and 1, both excluded")
+    for flag, value in dict(max_tokens=max_tokens, shard_tokens=shard_tokens, workers=workers).items():
+        if value is not None and value < 1:
+            raise BadInput(f"--{flag}={value} must be at least 1")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise BadInput(f"--out_dir={out_dir} exists already: delete it, or give another")
+
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f"{out_dir.name}.tmp-", dir=out_dir.parent)
+    try:
+        train, val = ShardWriter(temporary, "train", shard_tokens), ShardWriter(temporary, "val")
+        with (
+            concurrent.futures.ThreadPoolExecutor(workers) as executor,  # tiktoken works outside the interpreter lock
+            tqdm(desc=str(out_dir), unit="B", unit_scale=True, disable=quiet, mininterval=0.5) as bar,
+        ):
+            work = ordered_map(
+                executor, lambda texts: tokenize(texts, tokenizer, val_fraction), batches(reader), window=2 * workers
+            )
+            for documents in work:
+                for tokens, n_bytes, held_out in documents:
+                    if max_tokens is not None and train.tokens >= max_tokens:
+                        break
+                    (val if held_out else train).write(tokens)
+                    bar.update(n_bytes)
+                elapsed = max(bar.format_dict["elapsed"], 1e-9)
+                total = train.tokens + val.tokens
+                bar.set_postfix_str(f"{total / 1e6:.1f}M tokens, {total / elapsed / 1e6:.2f}M tokens/s", refresh=False)
+                if max_tokens is not None and train.tokens >= max_tokens:
+                    work.close()
+                    break
+        train.close()
+        val.close()
+        n_documents = train.documents + val.documents
+        if n_documents == 0:
+            raise BadInput(f"--source {' '.join(sources)}: no document in it ({reader.skipped} skipped as bad)")
+        for split, writer in (("validation", val), ("training", train)):
+            if writer.tokens == 0:
+                raise BadInput(
+                    f"--val_fraction={val_fraction} leaves no {split} document out of {n_documents}: change it, or "
+                    "give more documents (`split -C 16k FILE` cuts a text file into many)"
+                )
+        meta = dict(
+            tokenizer=tokenizer.name,
+            vocab_size=tokenizer.n_vocab,
+            dtype="uint16",
+            train_tokens=train.tokens,
+            val_tokens=val.tokens,
+            train_documents=train.documents,
+            val_documents=val.documents,
+            skipped_documents=reader.skipped,
+            val_fraction=val_fraction,
+            source=PILE if reader.kind == "pile" else list(sources),
+        )
+        with open(Path(temporary) / "meta.json", "w") as file:
+            json.dump(meta, file, indent=2)
+            file.write("\n")
+        os.chmod(temporary, 0o755)  # mkdtemp's folders are private
+        try:
+            os.replace(temporary, out_dir)
+        except OSError:
+            if not (out_dir / "meta.json").exists():  # else another process was faster with the same data
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if not quiet:
+        print(
+            f"{out_dir}: {train.tokens:,} training and {val.tokens:,} validation tokens "
+            f"({train.documents:,} and {val.documents:,} documents, {reader.skipped:,} skipped as bad)"
+        )
+    return meta
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--source", nargs="+", default=["pile"], metavar="S",
+                        help='pile, stdlib, or files, folders and quoted glob patterns: .jsonl, .jsonl.zst, .jsonl.gz, '
+                             '.parquet (with a "text" column), or plain text')  # fmt: skip
+    parser.add_argument("--out_dir", help="folder to make (data/pile, data/stdlib or data/files)")
+    parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], help="(gpt2; bytes for stdlib)")
+    parser.add_argument("--val_fraction", type=float, help="share of documents held out (0.05; 0.001 for the Pile)")
+    parser.add_argument("--max_tokens", type=int, help=f"training tokens to stop at ({PAPER_TOKENS} for the Pile)")
+    parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in a training shard (%(default)s)")
+    parser.add_argument("--workers", type=int, help="threads that tokenize (all cores)")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out and count bad lines and files")
+    args = vars(parser.parse_args(argv))
+    prepare(args.pop("source"), **args)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,576 @@
+"""Train a UniPool language model.
+
+    python train.py                                        # "tiny", on this machine's standard library, in minutes
+    torchrun --nproc_per_node=8 train.py --scale=182m      # the paper's run, after `python prepare_pile.py`
+    python train.py --resume                               # go on from out/ckpt.pt
+
+Every field of UniPoolConfig is a flag too: --n_pool=6 shares each pool among a sixth of the layers, --router=softmax
+--balance=layer trains a row of Table 5. Writes --out_dir/ckpt.pt and --out_dir/metrics.jsonl.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from prepare_pile import SOURCES, BadInput, Parser, prepare, run_command
+from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: each field is a flag, and its default stands here alone
+
+
+def flag(default, help):
+    return field(default=default, metadata=dict(help=help))
+
+
+@dataclass
+class Settings:
+    """The flags that are not the model's. The defaults are Table 8's; TINY has those of --scale=tiny."""
+
+    scale: str = flag("tiny", "size of the model")
+    arch: str = flag("unipool", "one shared pool, private experts (vanilla), or no experts (dense)")
+    data_dir: str | None = flag(None, "made by prepare_pile.py (data/pile; for tiny data/stdlib, made on the spot)")
+    out_dir: str = flag("out", "folder for ckpt.pt and metrics.jsonl")
+    device: str | None = flag(None, "cuda, cpu, mps, cuda:1 ... (the best there is)")
+    seed: int = flag(1337, "of the initial weights and of the order of the data")
+    max_steps: int = flag(60_000, "optimizer steps in all, at which the run ends")
+    decay_steps: int | None = flag(None, "where the cosine ends (the scale's own --max_steps, even if you give less)")
+    warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises")
+    batch_size: int = flag(512, "sequences a step, over all processes")
+    micro_batch_size: int | None = flag(None, "sequences a forward pass, in each process (as many as fit, up to 16)")
+    lr: float = flag(5e-4, "highest learning rate")
+    min_lr: float = flag(0.1, "learning rate at the end of the cosine, as a share of --lr")
+    weight_decay: float = flag(0.01, "of parameters with two or more dimensions")
+    beta1: float = flag(0.9, "of AdamW")
+    beta2: float = flag(0.999, "of AdamW")
+    adam_eps: float = flag(1e-8, "of AdamW")
+    grad_clip: float = flag(1.0, "largest norm of the gradient")
+    eval_interval: int = flag(1000, "steps between validations")
+    eval_tokens: int = flag(2**22, "tokens of the validation split used, spread evenly over it")
+    ckpt_interval: int = flag(1000, "steps between checkpoints")
+    log_interval: int = flag(10, "steps between lines of metrics.jsonl")
+    compile: bool | None = flag(None, "use torch.compile (on for CUDA)")
+    resume: bool = flag(False, "go on from --out_dir/ckpt.pt; flags not given keep the checkpoint's values")
+
+
+TINY = dict(
+    max_steps=1500, batch_size=8, lr=2e-3, eval_interval=250, eval_tokens=2**17, ckpt_interval=250, log_interval=1
+)
+CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=BALANCES)
+LARGEST_MICRO_BATCH = 16
+
+
+def parse_flags(argv):
+    """The flags that were given, as a dict; flags left out are not in it."""
+    parser = Parser(__doc__, argument_default=argparse.SUPPRESS)
+    own = parser.add_argument_group("training (the defaults are the paper's; tiny has its own)")
+    model = parser.add_argument_group("model (the defaults are those of --scale and --arch)")
+    for group, cls in ((own, Settings), (model, UniPoolConfig)):
+        for f in fields(cls):
+            kind = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))  # int of `int | None`
+            options = dict(help=f.metadata.get("help"))
+            if kind is bool:
+                options["action"] = argparse.BooleanOptionalAction if f.default is None else "store_true"
+            else:
+                options |= dict(type=kind, choices=CHOICES.get(f.name))
+            group.add_argument(f"--{f.name}", **options)
+    return vars(parser.parse_args(argv))
+
+
+def settle(given, saved):
+    """Settings and UniPoolConfig from the given flags and, on resuming, the checkpoint (else None). Raises BadInput."""
+    model_fields = {f.name for f in fields(UniPoolConfig)}
+    model_flags = {name: value for name, value in given.items() if name in model_fields}
+    own_flags = {name: value for name, value in given.items() if name not in model_fields}
+    recipe = TINY if given.get("scale", Settings.scale) == "tiny" else {}
+    try:
+        if saved is None:
+            settings = Settings(**(recipe | own_flags))
+            config = UniPoolConfig.from_scale(settings.scale, settings.arch, **model_flags)
+        else:
+            for name, value in given.items():
+                fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
+                if name in fixed and value != fixed[name]:
+                    raise BadInput(
+                        f"--{name}={value}, but the checkpoint in {given.get('out_dir', Settings.out_dir)} was trained "
+                        f"with {name}={fixed[name]}: leave the flag out, or start a new run in another --out_dir"
+                    )
+            settings = Settings(**(saved["settings"] | own_flags))
+            config = UniPoolConfig(**saved["config"])
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(error)) from None
+    if settings.decay_steps is None:
+        settings.decay_steps = recipe.get("max_steps", Settings.max_steps)
+    for name in ("max_steps", "decay_steps", "batch_size", "micro_batch_size", "lr", "grad_clip", "eval_interval",
+                 "eval_tokens", "ckpt_interval", "log_interval"):  # fmt: skip
+        if (value := getattr(settings, name)) is not None and not value > 0:
+            raise BadInput(f"--{name}={value} must be more than 0")
+    return settings, config
+
+
+def find_device(name):
+    """The torch.device of that name; None is the best there is; "cuda" under torchrun is this process's own GPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.device(own_gpu if name == "cuda" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise BadInput(f"--device={name} cannot be used here ({reason}): give cuda, cuda:N, mps or cpu") from None
+    return device
+
+
+def learning_rate(step, settings):
+    """Linear warm-up, then a cosine from lr to min_lr * lr at decay_steps. `step` counts from 0."""
+    warmup_steps = max(1, round(settings.warmup * settings.decay_steps))
+    if step < warmup_steps:
+        return settings.lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, settings.decay_steps - warmup_steps))
+    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def permute(i, n, seed, epoch):
+    """Where the positions i (int64 array, each below n) land in a pseudo-random permutation of range(n).
+
+    A Feistel network mixes the two halves of a number's bits: a bijection of 2^bits numbers, whatever the mixing.
+    Numbers that leave range(n) go through it again until they are back. An order over billions needs no memory so.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    mask = np.uint64(2**half - 1)
+    keys = np.random.default_rng([seed, epoch]).integers(2**63, size=4, dtype=np.uint64)
+    i = i.astype(np.uint64)
+    outside = np.ones(len(i), dtype=bool)
+    while outside.any():
+        left, right = i[outside] >> np.uint64(half), i[outside] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's bits; overflow is welcome
+            left, right = right, left ^ ((mixed ^ mixed >> np.uint64(32)) & mask)
+        i[outside] = (left << np.uint64(half)) | right
+        outside = i >= n
+    return i.astype(np.int64)
+
+
+class TokenData:
+    """One split of a folder made by prepare_pile.py, as sequences of block_size + 1 tokens in memory-mapped shards.
+
+    Raises BadInput that names the file for missing, empty, odd-sized or incomplete shards and for token ids outside the
+    vocabulary: at once for the first CHECKED tokens of the split, for the others when they are read.
+    """
+
+    CHECKED = 2**24
+
+    def __init__(self, data_dir, split, meta, block_size, vocab_size):
+        folder = Path(data_dir)
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self.paths = sorted(folder.glob("train_*.bin")) if split == "train" else [folder / "val.bin"]
+        if not self.paths or not self.paths[0].exists():
+            missing = folder / ("train_000.bin" if split == "train" else "val.bin")
+            raise BadInput(f"{missing} is missing: make the folder again by prepare_pile.py")
+        for path in self.paths:
+            size = path.stat().st_size
+            if size == 0:
+                raise BadInput(f"{path} is empty: make the folder again by prepare_pile.py")
+            if size % 2:
+                raise BadInput(
+                    f"{path} has {size} bytes, no whole number of uint16 tokens: it is damaged, copy it again"
+                )
+        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.paths]
+        checked = 0
+        for path, shard in zip(self.paths, self.shards):
+            self.check(shard[: self.CHECKED - checked], path)
+            checked += len(shard[: self.CHECKED - checked])
+        n_tokens = sum(len(shard) for shard in self.shards)
+        if n_tokens != meta[f"{split}_tokens"]:
+            raise BadInput(
+                f"{self.paths[0]}: the {split} split holds {n_tokens} tokens where meta.json counts "
+                f"{meta[f'{split}_tokens']}: a shard is missing, cut short or left over, copy the folder again"
+            )
+        # Sequence s of a shard is its tokens s * block_size ... (s + 1) * block_size: the last one is only a target.
+        self.first_sequence = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
+        if len(self) == 0:
+            raise BadInput(
+                f"{self.paths[0]}: {n_tokens} tokens are not one sequence of --block_size={block_size} and its target: "
+                "lower --block_size or prepare more text"
+            )
+
+    def __len__(self):
+        return int(self.first_sequence[-1])
+
+    def check(self, tokens, path):
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise BadInput(
+                f"{path} holds token id {tokens.max()}, but --vocab_size={self.vocab_size}: it is damaged, or made by "
+                "another tokenizer; give its own --vocab_size or prepare it again"
+            )
+
+    def sequences(self, indices):
+        """Input and target of the sequences numbered `indices`: two (len(indices), block_size) int64 tensors."""
+        rows = []
+        for index in indices:
+            shard = np.searchsorted(self.first_sequence, index, side="right") - 1
+            start = (index - self.first_sequence[shard]) * self.block_size
+            row = self.shards[shard][start : start + self.block_size + 1]
+            self.check(row, self.paths[shard])
+            rows.append(row)
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def in_order(self, first, count, seed):
+        """The numbers of `count` training sequences from position `first` on: a new order for each epoch."""
+        positions = np.arange(first, first + count)
+        epochs = positions // len(self)
+        parts = [permute(positions[epochs == e] % len(self), len(self), seed, int(e)) for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+
+def read_meta(data_dir, vocab_size):
+    """meta.json of a data folder, checked against the model's vocabulary. Raises BadInput."""
+    path = Path(data_dir) / "meta.json"
+    if not Path(data_dir).is_dir():
+        raise BadInput(f"--data_dir={data_dir} is not there: make it by `python prepare_pile.py --out_dir {data_dir}`")
+    try:
+        meta = json.loads(path.read_text())
+        counts = [meta[name] for name in ("vocab_size", "train_tokens", "val_tokens")]
+        tokenizer = meta["tokenizer"]
+        if not all(isinstance(count, int) for count in counts) or not isinstance(tokenizer, str):
+            raise TypeError("a value of the wrong type")
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}): make the folder again") from None
+    known = dict(gpt2=50257, bytes=257)  # known without loading the vocabulary, which training does not need
+    if tokenizer not in known:
+        raise BadInput(f"{path}: tokenizer {tokenizer!r} is unknown (gpt2 and bytes are known): prepare the data again")
+    if counts[0] != known[tokenizer]:
+        raise BadInput(
+            f"{path}: vocab_size={counts[0]}, but {tokenizer} has {known[tokenizer]} tokens: prepare it again"
+        )
+    if counts[0] > vocab_size:
+        raise BadInput(
+            f"{path}: tokenizer {tokenizer} has {counts[0]} tokens, the model only --vocab_size={vocab_size}: "
+            f"give --vocab_size={math.ceil(counts[0] / 64) * 64}, or data of another tokenizer"
+        )
+    return meta
+
+
+def find_data(settings, device, is_main):
+    """The data folder: the one given, else the Pile's, or the standard library's for tiny and for trials on a CPU."""
+    pile, stdlib = SOURCES["pile"]["out_dir"], SOURCES["stdlib"]["out_dir"]
+    data_dir = settings.data_dir
+    if data_dir is None:
+        data_dir = stdlib if settings.scale == "tiny" else pile
+        if data_dir == pile and not Path(pile).exists():
+            if device.type != "cpu":
+                raise BadInput(f"--data_dir: {pile} is missing: run python prepare_pile.py, or try --data_dir={stdlib}")
+            data_dir = stdlib
+            if is_main:
+                print(f"{pile} is missing (python prepare_pile.py makes it): a trial on the standard library's sources")
+    if Path(data_dir) == Path(stdlib) and not Path(stdlib).exists() and is_main:
+        prepare(["stdlib"])
+    if dist.is_initialized():
+        dist.barrier()
+    return data_dir
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def load_checkpoint(path):
+    """The dict in a checkpoint file, on the CPU: tensors and plain values only, never code. Raises BadInput."""
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"{path} is not there: train first (python train.py), or give the run's --out_dir")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(f"{path} is damaged, cut short or no checkpoint ({reason}): use another one") from None
+    needed = {"model", "optimizer", "config", "settings", "tokenizer", "step", "position"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise BadInput(f"{path} is not a checkpoint of train.py: use another one")
+    return checkpoint
+
+
+def load_model(checkpoint, path, device):
+    """The model of a checkpoint, on `device`. Raises BadInput if its weights are not those of its config."""
+    try:
+        with torch.device("meta"):
+            model = UniPool(UniPoolConfig(**checkpoint["config"]))
+        model.to_empty(device=device).load_state_dict(checkpoint["model"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise BadInput(f"{path}: its weights and its config do not match ({error}): use another checkpoint") from None
+    return model
+
+
+def save_checkpoint(path, **contents):
+    """Write a checkpoint whole or not at all: to a temporary file, which then takes the name."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def trim_metrics(path, step):
+    """Drop the lines of metrics.jsonl after `step`: the resumed run writes them anew."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurements
+
+# Dense bf16 FLOP/s from the makers' data sheets; the first name found in the GPU's own counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device):
+    """FLOP/s of the GPU, or None where it is not known (then there is no MFU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+
+
+def pool_utilisation(usage, n_pool):
+    """(effective share of experts, experts without a token) from usage (L, M), the f of each layer.
+
+    The share is exp(entropy of f_bar) / M, averaged over the pools: 1 if all get equally much, 1/M if one gets all.
+    """
+    f_bar = usage.double().unflatten(0, (n_pool, -1)).mean(dim=1)  # (G, M)
+    entropy = torch.special.entr(f_bar).sum(dim=1)  # (G,)
+    return (entropy.exp() / f_bar.size(1)).mean().item(), int((f_bar == 0).sum())
+
+
+@torch.no_grad()
+def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, device, autocast):
+    """Mean cross-entropy in nats a token over at least one and about eval_tokens tokens; each process takes a part."""
+    model.eval()
+    count = max(1, min(len(data), eval_tokens // data.block_size))
+    indices = np.linspace(0, len(data) - 1, count).astype(np.int64)[rank::world_size]
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of sequences
+    for i in range(0, len(indices), micro_batch_size):
+        x, y = data.sequences(indices[i : i + micro_batch_size])
+        with autocast():
+            loss = model(x.to(device), y.to(device)).loss
+        total += torch.tensor([loss.double() * len(x), len(x)], dtype=torch.float64, device=device)
+    if world_size > 1:
+        dist.all_reduce(total)
+    model.train()
+    return (total[0] / total[1]).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(argv=None):
+    given = parse_flags(argv)
+    ckpt_path = Path(given.get("out_dir", Settings.out_dir)) / "ckpt.pt"
+    saved = load_checkpoint(ckpt_path) if given.get("resume") else None
+    settings, config = settle(given, saved)
+
+    # ---- Processes and device: torchrun sets these variables, one process has none of them
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    is_main = rank == 0
+    if settings.batch_size % world_size:
+        raise BadInput(
+            f"--batch_size={settings.batch_size} is not divisible by the {world_size} processes: "
+            f"give a multiple of {world_size}"
+        )
+    per_process = settings.batch_size // world_size
+    micro_batch_size = settings.micro_batch_size
+    if micro_batch_size is None:
+        micro_batch_size = max(n for n in range(1, LARGEST_MICRO_BATCH + 1) if per_process % n == 0)
+    if per_process % micro_batch_size:
+        raise BadInput(
+            f"--batch_size={settings.batch_size} is not divisible by {world_size} process(es) x "
+            f"--micro_batch_size={micro_batch_size} = {world_size * micro_batch_size}: give a multiple of that"
+        )
+    accumulation = per_process // micro_batch_size
+    device = find_device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # ---- Data
+    data_dir = find_data(settings, device, is_main)
+    meta = read_meta(data_dir, config.vocab_size)
+    if saved is not None and saved["tokenizer"] != meta["tokenizer"]:
+        raise BadInput(
+            f"{data_dir}/meta.json: tokenizer {meta['tokenizer']}, but {ckpt_path} was trained with "
+            f"{saved['tokenizer']}: give the run's own --data_dir"
+        )
+    train_data = TokenData(data_dir, "train", meta, config.block_size, config.vocab_size)
+    val_data = TokenData(data_dir, "val", meta, config.block_size, config.vocab_size)
+
+    # ---- Model and optimizer
+    torch.manual_seed(settings.seed)
+    if saved is None:
+        with torch.device(device):
+            model = UniPool(config)
+    else:
+        model = load_model(saved, ckpt_path, device)
+    betas = (settings.beta1, settings.beta2)
+    optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
+    step = position = 0  # optimizer steps done, training sequences seen
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        step, position = saved["step"], saved["position"]
+        del saved
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def autocast():
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    runner = model  # what the loop calls: the model, compiled and made to average gradients over processes
+    if settings.compile if settings.compile is not None else device.type == "cuda":
+        runner = torch.compile(runner)
+    if world_size > 1:
+        device_ids = [device.index] if device.type == "cuda" else None
+        runner = DistributedDataParallel(
+            runner, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    # ---- Logs
+    metrics_path = ckpt_path.with_name("metrics.jsonl")
+    if is_main:
+        ckpt_path.parent.mkdir(parents=True, exist_ok=True)
+        if given.get("resume"):
+            trim_metrics(metrics_path, step)
+        else:  # an earlier run in this folder is kept under another name
+            for path in (ckpt_path, metrics_path):
+                if path.exists():
+                    os.replace(path, path.with_suffix(f".old{path.suffix}"))
+        print(
+            f"model: {settings.arch} {settings.scale}, {model.num_params():,} parameters ({model.num_params(True):,} "
+            f"active), {config.n_expert} experts in {config.n_pool} pool(s), top-{config.top_k}\n"
+            f"data: {data_dir}, {meta['train_tokens']:,} training tokens ({meta['tokenizer']})\n"
+            f"step: {settings.batch_size * config.block_size:,} tokens, in {accumulation} micro-batch(es) of "
+            f"{micro_batch_size} sequences on {world_size} {device.type} process(es)"
+        )
+        if settings.max_steps < settings.decay_steps:
+            print(
+                f"the run ends at step {settings.max_steps} of a schedule of {settings.decay_steps} steps; for a whole "
+                f"schedule add --decay_steps={settings.max_steps}"
+            )
+    peak = peak_flops(device)
+    bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
+               mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
+    window_start, window_tokens = time.perf_counter(), 0  # since the last line of the log, for tokens/s
+
+    # ---- The loop
+    runner.train()
+    while step < settings.max_steps:
+        lr = learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # This step's sequences are the same for any number of processes; each process takes a contiguous part.
+        indices = train_data.in_order(position, settings.batch_size, settings.seed)[rank * per_process :][:per_process]
+        losses = torch.zeros(2, device=device)  # cross-entropy and balance loss, averaged over the micro-batches
+        usage = 0.0  # (L, M), likewise
+        for i in range(accumulation):
+            x, y = train_data.sequences(indices[i * micro_batch_size :][:micro_batch_size])
+            if device.type == "cuda":
+                x, y = x.pin_memory(), y.pin_memory()
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            last = i == accumulation - 1
+            with contextlib.nullcontext() if world_size == 1 or last else runner.no_sync():
+                with autocast():
+                    out = runner(x, y)
+                    loss = out.loss + config.balance_coef * out.balance_loss
+                (loss / accumulation).backward()
+            losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
+            usage = usage + out.usage.detach() / accumulation
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        step += 1
+        position += settings.batch_size
+        window_tokens += settings.batch_size * config.block_size
+        is_last = step == settings.max_steps
+        evaluating = step % settings.eval_interval == 0 or is_last
+        saving = step % settings.ckpt_interval == 0 or is_last
+        logging = step % settings.log_interval == 0 or evaluating
+        if world_size > 1 and (logging or config.balance == "bias"):
+            for tensor in (losses, usage):
+                dist.all_reduce(tensor)
+                tensor /= world_size
+        if config.balance == "bias":
+            model.update_bias(usage)
+
+        if logging:
+            train_loss, balance_loss = losses.tolist()  # waits for the GPU
+            tokens_per_second = window_tokens / (time.perf_counter() - window_start)
+            line = dict(step=step, train_loss=train_loss, balance_loss=balance_loss, lr=lr, grad_norm=grad_norm.item(),
+                        tokens=position * config.block_size, tokens_per_second=tokens_per_second)  # fmt: skip
+            if config.n_expert:
+                line["pool_utilisation"], line["dead_experts"] = pool_utilisation(usage, config.n_pool)
+            if peak:
+                line["mfu"] = tokens_per_second * model.flops_per_token() / (peak * world_size)
+            if evaluating:
+                line["val_loss"] = validate(runner, val_data, settings.eval_tokens, micro_batch_size, rank, world_size,
+                                            device, autocast)  # fmt: skip
+            if is_main:
+                with open(metrics_path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+                if evaluating:
+                    mfu = f", MFU {line['mfu']:.1%}" if peak else ""
+                    used = f", pool utilisation {line['pool_utilisation']:.0%}" if config.n_expert else ""
+                    bar.write(
+                        f"step {step}: val loss {line['val_loss']:.4f}, train loss {train_loss:.4f}, "
+                        f"balance loss {balance_loss:.3f}{used}, grad norm {line['grad_norm']:.2f}, "
+                        f"{tokens_per_second:,.0f} tokens/s{mfu}"
+                    )
+        bar.update()
+        if saving and is_main:
+            kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
+            save_checkpoint(
+                ckpt_path, model=model.state_dict(), optimizer=optimizer.state_dict(), config=asdict(config),
+                settings=kept, tokenizer=meta["tokenizer"], step=step, position=position, rng=torch.get_rng_state(),
+            )  # fmt: skip
+        if logging or saving:
+            window_start, window_tokens = time.perf_counter(), 0
+    bar.close()
+    if is_main:
+        out_dir = "" if settings.out_dir == Settings.out_dir else f" --out_dir={settings.out_dir}"
+        print(f"{ckpt_path} holds step {step}. Text from it: python sample.py{out_dir}")
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,562 @@
+"""UniPool: a mixture-of-experts language model whose layers all route into ONE shared pool of experts.
+
+The method is from "UniPool: A Globally Shared Expert Pool for Mixture-of-Experts", arXiv 2605.06665; equation and
+table numbers in the comments are that paper's. NormRouter is from KERN, arXiv 2509.25913.
+
+A vanilla MoE transformer gives each of its L layers its own experts. UniPool keeps one small router per layer, but
+lets all of them choose from the same M expert FFNs. Three parts make that work, and they are the three middle sections
+of this file: a router whose gates keep their scale whatever M is (NormRouter), the pool itself (ExpertPool), and a
+loss that balances the load over the whole pool instead of within each layer (pool_balance_loss).
+
+Dimensions, as they stand in the shape comments:
+    B  sequences in a batch             M  experts in one pool (n_expert / n_pool; all of them when n_pool = 1)
+    T  tokens in a sequence             k  experts a token visits in each layer (top_k)
+    N  tokens in a batch, B * T         H  hidden width of an expert (n_hidden)
+    C  width of the residual stream     L  layers (n_layer)
+    D  width of an attention head       G  pools over depth (n_pool): 1 is UniPool, L is one private pool a layer
+    V  vocabulary
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+# Table 6, and "tiny" for a laptop. The name of a scale is its active size, embeddings included. Every scale has 8
+# experts a layer of the dense width 4 * C, so M = 8 * L; `balance_coef` is the paper's alpha_pool.
+SCALES = {
+    "tiny": dict(n_layer=4, n_embd=128, n_head=4, n_kv_head=2, block_size=256, vocab_size=320, balance_coef=1e-2),
+    "182m": dict(n_layer=12, n_embd=768, n_head=12, balance_coef=1e-2),
+    "469m": dict(n_layer=24, n_embd=1024, n_head=16, balance_coef=2e-2),
+    "650m": dict(n_layer=36, n_embd=1024, n_head=16, balance_coef=2e-2),
+    "830m": dict(n_layer=48, n_embd=1024, n_head=16, balance_coef=2e-2),
+    "978m": dict(n_layer=24, n_embd=1536, n_head=16, balance_coef=2e-2),
+}
+ARCHS = ("unipool", "vanilla", "dense")
+BALANCES = ("pool", "layer", "bias", "none")
+
+
+@dataclass
+class UniPoolConfig:
+    """Everything that shapes the model. The defaults are the paper's 182m UniPool.
+
+    Raises ValueError, naming the fields and their values, for a combination that cannot be built.
+    """
+
+    block_size: int = 1024  # T, the longest context
+    vocab_size: int = 51200  # V; GPT-2's 50257 tokens, padded
+    n_layer: int = 12  # L
+    n_head: int = 12
+    n_kv_head: int = 4  # grouped-query attention: n_head / n_kv_head query heads share one key and value head
+    n_embd: int = 768  # C
+    n_hidden: int = 3072  # H, of one expert (of the one FFN a layer, when n_expert is 0)
+    n_expert: int = 96  # the paper's M: experts of all pools together; 0 is a dense model, without any routing
+    n_pool: int = 1  # the paper's G: pools over depth, each shared by n_layer / n_pool adjacent layers
+    top_k: int = 1  # k
+    router: str = "norm"  # norm (Eq. 7) | softmax | sigmoid
+    balance: str = "pool"  # pool (Eq. 5) | layer (Eq. 3) | bias (auxiliary-loss-free, arXiv 2408.15664) | none
+    balance_coef: float = 1e-2  # alpha
+    bias_rate: float = 1e-3  # step of the bias, when balance is "bias"
+    rope_base: float = 1e6
+    norm_eps: float = 1e-5
+    init_std: float = 0.01
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def experts_per_pool(self):
+        """M, the number of experts that each router chooses from."""
+        return self.n_expert // self.n_pool
+
+    @classmethod
+    def from_scale(cls, scale, arch="unipool", **overrides):
+        """The paper's configuration of one scale and architecture; `overrides` are fields that win over it.
+
+        scale: a key of SCALES. arch: "unipool" (one pool, NormRouter, pool loss), "vanilla" (8 private experts a layer,
+        softmax router, layer loss) or "dense" (one FFN a layer).
+        """
+        if scale not in SCALES:
+            raise ValueError(f"scale={scale!r} is unknown: choose from {', '.join(SCALES)}")
+        if arch not in ARCHS:
+            raise ValueError(f"arch={arch!r} is unknown: choose from {', '.join(ARCHS)}")
+        fields = SCALES[scale] | overrides
+        n_layer, n_embd = fields["n_layer"], fields["n_embd"]
+        preset = dict(n_hidden=4 * n_embd, n_expert=8 * n_layer)
+        if arch == "vanilla":
+            preset |= dict(n_pool=n_layer, router="softmax", balance="layer", balance_coef=1e-2)
+        if arch == "dense":
+            preset |= dict(n_expert=0, balance="none")
+        return cls(**(SCALES[scale] | preset | overrides))
+
+    def __post_init__(self):
+        def check(possible, message):
+            if not possible:
+                raise ValueError(message)
+
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "n_pool"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("balance_coef", "bias_rate", "norm_eps", "init_std"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        check(self.rope_base > 0, f"rope_base={self.rope_base} must be positive")
+        check(self.n_expert >= 0, f"n_expert={self.n_expert} must be 0 (a dense model) or more")
+        check(self.router in ROUTERS, f"router={self.router!r} is unknown: choose from {', '.join(ROUTERS)}")
+        check(self.balance in BALANCES, f"balance={self.balance!r} is unknown: choose from {', '.join(BALANCES)}")
+        check(
+            self.n_embd % self.n_head == 0,
+            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head needs the same width",
+        )
+        check(
+            self.head_dim % 2 == 0,
+            f"n_embd={self.n_embd} over n_head={self.n_head} makes heads of odd width {self.head_dim}: "
+            "RoPE turns pairs, so choose an n_head that gives an even width",
+        )
+        check(
+            self.n_head % self.n_kv_head == 0,
+            f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: query heads share the key and "
+            "value heads in equal groups",
+        )
+        if self.n_expert == 0:
+            return  # dense: the routing fields play no part
+        check(
+            self.n_layer % self.n_pool == 0,
+            f"n_pool={self.n_pool} does not divide n_layer={self.n_layer}: every pool serves equally many layers",
+        )
+        check(
+            self.n_expert % self.n_pool == 0,
+            f"n_pool={self.n_pool} does not divide n_expert={self.n_expert}: every pool holds equally many experts",
+        )
+        check(
+            1 <= self.top_k <= self.experts_per_pool,
+            f"top_k={self.top_k} must lie between 1 and the {self.experts_per_pool} experts of a pool "
+            f"(n_expert={self.n_expert} / n_pool={self.n_pool})",
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention: RoPE, grouped queries, and a cache of keys and values for generation
+
+
+def rope_table(block_size, head_dim, base):
+    """Cosines and sines of RoPE's angles, position * base^(-2i / D) for pair i: (2, block_size, D/2), fp32."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
+    angles = torch.outer(torch.arange(block_size).float(), frequencies)  # (block_size, D/2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def apply_rope(x, rope):
+    """Turn the pairs (x_i, x_{i + D/2}) by their position's angles. x: (B, heads, T, D); rope: (2, T, D/2)."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each; bf16 * fp32 below is computed in fp32
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """One layer's keys and values of the tokens seen so far, in tensors allocated once."""
+
+    def __init__(self, batch_size, config, device, dtype):
+        shape = (batch_size, config.n_kv_head, config.block_size, config.head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, k, v):
+        """Add the keys and values (B, n_kv_head, T, D) of T new tokens; return those of all tokens so far."""
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped queries."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, rope, cache=None):
+        """x: (B, T, C), rope: (2, T, D/2) of these T positions -> (B, T, C). With a cache, T > 1 only to fill it."""
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 * n_kv_head, T, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # A single new token may look at everything before it, so only longer inputs need the causal mask.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)  # (B, n_head, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Routers: which k experts a token visits, and how much each of them counts
+
+
+class Router(nn.Module):
+    """Scores every expert for every token and picks the k best. A new router is a subclass with its own `score`.
+
+    `bias` only sways the choice, never the gates; it is zero unless balance="bias" moves it (UniPool.update_bias).
+    """
+
+    def __init__(self, n_embd, n_expert, top_k):
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(n_expert, n_embd))
+        nn.init.normal_(self.weight, std=n_embd**-0.5)
+        self.register_buffer("bias", torch.zeros(n_expert))
+
+    def score(self, z):
+        """From logits to scores, both (N, M) fp32."""
+        raise NotImplementedError
+
+    def forward(self, x):
+        """x: (N, C) -> gates (N, k) fp32, experts (N, k) int64, scores (N, M) fp32, computed in fp32 throughout."""
+        with torch.autocast(x.device.type, enabled=False):
+            scores = self.score(F.linear(x.float(), self.weight.float()))  # (N, M)
+        experts = (scores + self.bias).topk(self.top_k, dim=-1).indices  # (N, k)
+        return scores.gather(-1, experts), experts, scores  # the gate is the score itself, not normalised again
+
+
+class NormRouter(Router):
+    """Eq. 7: s_i = sigma * c * max(0, z_i / (||z||_2 + eps)), with z = W x and a learnable scalar sigma.
+
+    Dividing by the norm and not by a sum of exponentials, the scores do not shrink as the pool grows: c makes the k
+    gates of an untrained router have norm 1 on average, for any number of experts.
+    """
+
+    eps = 1e-8
+
+    def __init__(self, n_embd, n_expert, top_k):
+        super().__init__(n_embd, n_expert, top_k)
+        self.sigma = nn.Parameter(torch.ones(1))  # one element and not zero dimensions: sharding needs a dimension
+        self.c = norm_router_scale(n_expert, top_k)
+
+    def score(self, z):
+        return self.sigma * self.c * F.relu(z / (z.norm(dim=-1, keepdim=True) + self.eps))  # Eq. 7
+
+
+class SoftmaxRouter(Router):
+    """The baseline: scores are probabilities over the experts (softmax before top-k)."""
+
+    def score(self, z):
+        return z.softmax(dim=-1)
+
+
+class SigmoidRouter(Router):
+    """DeepSeek-V3's: every expert is scored by itself. Made for balance="bias"."""
+
+    def score(self, z):
+        return z.sigmoid()
+
+
+ROUTERS = {"norm": NormRouter, "softmax": SoftmaxRouter, "sigmoid": SigmoidRouter}
+
+
+@functools.cache
+def norm_router_scale(n_expert, top_k):
+    """The constant c of NormRouter, a float (Eq. 12): E[ 1 / ||top-k of ReLU(x / ||x||)||_2 ], x ~ N(0, I_M).
+
+    The mean over fixed draws, finite for every M >= 1 and 1 <= k <= M. The plain mean is not, and by few experts it is
+    ruined by draws that hardly ever occur in training: without any positive entry (no scale helps those: left out), or
+    with a tiny one (the mean of 1/norm diverges there, so the norm is bounded below by a tenth of sqrt(k/M), the norm
+    of k entries of average size). Neither changes c from M = 16 on.
+    """
+    x = torch.randn(2**15, n_expert, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
+    top = F.relu(x / x.norm(dim=1, keepdim=True)).topk(top_k).values  # (draws, k)
+    norm = top.norm(dim=1)
+    return (1 / norm[norm > 0].clamp(min=0.1 * math.sqrt(top_k / n_expert))).mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pool: stacked SwiGLU experts, and the dispatch of tokens to them
+
+
+class ExpertPool(nn.Module):
+    """M SwiGLU experts e_i(x) = (silu(x W_gate) * (x W_up)) W_down, their weights stacked along the first dimension."""
+
+    def __init__(self, n_expert, n_embd, n_hidden):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(n_expert, n_embd, 2 * n_hidden))  # W_gate and W_up side by side
+        self.down = nn.Parameter(torch.empty(n_expert, n_hidden, n_embd))
+        nn.init.normal_(self.gate_up, std=n_embd**-0.5)
+        nn.init.normal_(self.down, std=n_hidden**-0.5)
+
+    def weights(self):
+        """(gate_up, down) in the dtype of the matrix products, which is autocast's where that is on.
+
+        Taken once a forward pass and handed to all layers, so that the pool is cast once and not once a layer.
+        """
+        device = self.gate_up.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.gate_up.dtype
+        return self.gate_up.to(dtype), self.down.to(dtype)
+
+    def forward(self, x, gates, experts):
+        """x: (N, C), gates: (N, k), experts: (N, k) int64 -> (N, C): the sum over k of gate * expert(x), Eq. 2."""
+        return expert_ffn(x, gates, experts, *self.weights())
+
+
+@torch.compiler.disable  # torch.compile cannot trace a grouped product in fp32: one graph break a layer
+def expert_ffn(x, gates, experts, gate_up, down):
+    """Eq. 2: FFN(x) = sum over the k chosen experts i of gate_i * e_i(x). No capacity: no token is ever dropped.
+
+    x: (N, C), gates: (N, k), experts: (N, k) int64, gate_up: (M, C, 2H), down: (M, H, C) -> (N, C) in x's dtype.
+    """
+    (N, k), n_expert = experts.shape, gate_up.size(0)
+    # Dispatch: sort the N * k (token, choice) pairs by expert, so that each expert's inputs lie next to each other.
+    expert_of_row, pair_of_row = experts.flatten().sort(stable=True)  # (N * k,) each
+    ends = torch.searchsorted(expert_of_row, torch.arange(n_expert, device=x.device), right=True)  # (M,)
+    rows = x.to(gate_up.dtype).index_select(0, pair_of_row // k)  # (N * k, C)
+
+    gate, up = grouped_linear(rows, gate_up, ends).chunk(2, dim=-1)  # (N * k, H) each
+    rows = grouped_linear(F.silu(gate) * up, down, ends)  # (N * k, C)
+
+    # Back to the order of the tokens, and the weighted sum over each token's k choices.
+    row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(N * k, device=x.device))
+    y = rows.index_select(0, row_of_pair).view(N, k, -1) * gates.unsqueeze(-1)  # (N, k, C)
+    return y.sum(dim=1).to(x.dtype)
+
+
+def grouped_linear(rows, weight, ends):
+    """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out).
+
+    One fused grouped product where that is the fast way: fp32 on a CPU, bf16 on a GPU. Elsewhere (older torch, bf16 on
+    a CPU, widths that are not a multiple of 16 bytes) a loop over the experts that have rows.
+    """
+    fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(rows.device.type)
+    aligned = weight.size(1) * weight.element_size() % 16 == 0 and weight.size(2) * weight.element_size() % 16 == 0
+    if hasattr(F, "grouped_mm") and rows.dtype == fast_dtype and aligned:
+        return F.grouped_mm(rows, weight, offs=ends.int())
+    starts_and_ends = zip([0, *ends.tolist()], ends.tolist())
+    return torch.cat([rows[start:end] @ w for w, (start, end) in zip(weight.unbind(0), starts_and_ends) if end > start])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Balance losses, on the routing statistics of the layers that share a pool:
+#   f (L, M): the share of the layer's (token, choice) pairs that expert i received; sums to 1, carries no gradient
+#   P (L, M): the mean over tokens of the router's score for expert i before top-k; carries the gradient
+
+
+def layer_balance_loss(f, P):
+    """Eq. 3, summed over the layers, without alpha: each layer is to spread its tokens evenly. (L, M), (L, M) -> ()."""
+    return f.size(1) * (f.detach() * P).sum()
+
+
+def pool_balance_loss(f, P):
+    """Eq. 5, without alpha: the layers TOGETHER are to spread their tokens evenly, so that each may specialise.
+
+    (L, M), (L, M) -> (). Both means run over the layers first (Eq. 4); the loss equals Eq. 6.
+    """
+    f_bar, P_bar = f.detach().mean(dim=0), P.mean(dim=0)  # (M,) each, Eq. 4
+    return f.size(1) * (f_bar * P_bar).sum()  # Eq. 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class DenseFFN(nn.Module):
+    """The SwiGLU FFN of a dense model, in place of a router and a pool."""
+
+    def __init__(self, n_embd, n_hidden):
+        super().__init__()
+        self.gate_up = nn.Linear(n_embd, 2 * n_hidden, bias=False)
+        self.down = nn.Linear(n_hidden, n_embd, bias=False)
+
+    def forward(self, x):
+        """(B, T, C) -> (B, T, C)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention, then the FFN. The router belongs to the layer; the experts are handed in."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        if config.n_expert:
+            self.router = ROUTERS[config.router](config.n_embd, config.experts_per_pool, config.top_k)
+        else:
+            self.ffn = DenseFFN(config.n_embd, config.n_hidden)
+
+    def forward(self, x, rope, pool_weights, cache=None):
+        """x: (B, T, C), rope: (2, T, D/2), pool_weights: ExpertPool.weights() or None in a dense model.
+
+        Returns x (B, T, C) and the layer's routing statistics f (M,) and P (M,), as the balance losses take them.
+        """
+        x = x + self.attention(self.attention_norm(x), rope, cache)
+        h = self.ffn_norm(x)
+        if pool_weights is None:
+            no_experts = h.new_zeros(0)
+            return x + self.ffn(h), no_experts, no_experts
+        h = h.flatten(0, 1)  # (N, C)
+        gates, experts, scores = self.router(h)
+        y = expert_ffn(h, gates, experts, *pool_weights)  # (N, C)
+        one_per_pair = torch.ones_like(gates).flatten()
+        f = torch.zeros_like(scores[0]).scatter_add_(0, experts.flatten(), one_per_pair) / experts.numel()  # (M,)
+        return x + y.view_as(x), f, scores.mean(dim=0)
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor  # (B, T, V)
+    loss: torch.Tensor | None  # (), cross-entropy in nats a token and nothing else; None without targets
+    balance_loss: torch.Tensor  # (), Eq. 3 or 5 without alpha; 0 for a dense model and for balance "bias" or "none"
+    usage: torch.Tensor  # (L, M), the f of each layer
+
+
+class UniPool(nn.Module):
+    """The language model. It owns the pools and hands each block the one it shares with its neighbours."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        n_pool = config.n_pool if config.n_expert else 0
+        self.pools = nn.ModuleList(
+            ExpertPool(config.experts_per_pool, config.n_embd, config.n_hidden) for _ in range(n_pool)
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        rope = rope_table(config.block_size, config.head_dim, config.rope_base)
+        self.register_buffer("rope", rope, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """N(0, init_std); the projections that write to the residual stream get init_std / sqrt(2L); norms stay 1."""
+        std = self.config.init_std
+        for name, p in self.named_parameters():
+            if name.endswith(("attention.out.weight", "down", "down.weight")):
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() > 1:
+                nn.init.normal_(p, std=std)
+
+    def trunk(self, idx, caches=None):
+        """Everything but the head. idx: (B, T) int64; caches: one KVCache a layer, which T new tokens extend.
+
+        Returns x (B, T, C) after the final norm, f (L, M) and P (L, M).
+        """
+        start = caches[0].length if caches else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}: crop idx")
+        x = self.embedding(idx)  # (B, T, C)
+        rope = self.rope[:, start:end]
+        pool_weights = [pool.weights() for pool in self.pools]
+        statistics = []
+        for l, block in enumerate(self.blocks):
+            # Layer l uses pool floor(l * G / L): all of them pool 0 in UniPool, each its own in a vanilla MoE.
+            weights = pool_weights[l * len(pool_weights) // len(self.blocks)] if pool_weights else None
+            x, f, P = block(x, rope, weights, caches[l] if caches else None)
+            statistics.append((f, P))
+        f, P = (torch.stack(s) for s in zip(*statistics))
+        return self.norm(x), f, P
+
+    def balance_loss(self, f, P):
+        """The configured loss without alpha; f, P: (L, M) -> (). Pool losses are summed over the pools."""
+        if self.config.balance == "layer":
+            return layer_balance_loss(f, P)
+        if self.config.balance == "pool":
+            n_pool = self.config.n_pool
+            return sum(pool_balance_loss(f_g, P_g) for f_g, P_g in zip(f.chunk(n_pool), P.chunk(n_pool)))
+        return P.new_zeros(())
+
+    def forward(self, idx, targets=None):
+        """idx, targets: (B, T) int64 with T <= block_size; targets of -1 do not count. Returns an Output.
+
+        The training loss is out.loss + config.balance_coef * out.balance_loss. Raises ValueError if T > block_size.
+        """
+        x, f, P = self.trunk(idx)
+        logits = self.head(x)  # (B, T, V)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return Output(logits, loss, self.balance_loss(f, P), f)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # For training
+
+    def configure_optimizer(self, lr, weight_decay, betas, eps):
+        """AdamW, fused into one kernel; one-dimensional parameters (norms, sigma) are not decayed."""
+        matrices = [p for p in self.parameters() if p.dim() > 1]
+        vectors = [p for p in self.parameters() if p.dim() <= 1]
+        groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+    @torch.no_grad()
+    def update_bias(self, usage):
+        """For balance="bias", after each optimizer step: move each router's bias towards an even load (2408.15664).
+
+        usage: (L, M), the f of each layer over the whole batch. Each router looks at its own layer's load.
+        """
+        for block, f in zip(self.blocks, usage):
+            block.router.bias += self.config.bias_rate * torch.sign(f.mean() - f)
+
+    def num_params(self, active=False):
+        """Number of parameters: all that are stored, or only those that one token meets (k experts in every layer)."""
+        stored = sum(p.numel() for p in self.parameters())
+        if not active or not self.pools:
+            return stored
+        pooled = sum(p.numel() for p in self.pools.parameters())
+        return stored - pooled + self.config.n_layer * self.config.top_k * (pooled // self.config.n_expert)
+
+    def flops_per_token(self):
+        """Floating-point operations of forward and backward for one token in a full context of block_size tokens.
+
+        6 for every weight that the token is multiplied with (so active experts only, and no embedding), and
+        12 * L * T * C for the attention, its causal half not deducted: the convention of PaLM's appendix B for MFU.
+        """
+        c = self.config
+        not_multiplied = self.embedding.weight.numel() + sum(p.numel() for p in self.parameters() if p.dim() <= 1)
+        return 6 * (self.num_params(active=True) - not_multiplied) + 12 * c.n_layer * c.block_size * c.n_embd
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # For generation
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
+        """Yield one new token (B, 1) at a time, for prompts idx (B, T) int64 of one length T >= 1.
+
+        temperature: 0 takes the likeliest token. top_k: choose only among so many likeliest ones. n_vocab: ids from
+        here on are padding of the vocabulary and never chosen. Up to block_size tokens, the keys and values of earlier
+        ones are cached. Past it the context is a sliding window: it is cropped to the last block_size tokens and
+        computed afresh for every token (as in nanoGPT), because cropping moves every position.
+        """
+        if idx.size(1) == 0:
+            raise ValueError("idx is empty: generation needs at least one token to start from")
+        block_size = self.config.block_size
+        idx = idx[:, -block_size:]
+        dtype = self.head.weight.dtype
+        caches = [KVCache(idx.size(0), self.config, idx.device, dtype) for _ in self.blocks]
+        new = idx  # the tokens that the model has not seen yet
+        for _ in range(max_new_tokens):
+            x, _, _ = self.trunk(new, caches)
+            logits = self.head(x[:, -1]).float()[:, :n_vocab]  # (B, V)
+            if temperature == 0:
+                new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                if top_k is not None:
+                    kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth_best, -torch.inf)
+                new = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+            yield new
+            idx = torch.cat([idx, new], dim=1)
+            if idx.size(1) > block_size:
+                idx = new = idx[:, -block_size:]
+                caches = None
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """Continue the prompts idx (B, T): (B, T + max_new_tokens). See `stream` for the arguments and the window."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
