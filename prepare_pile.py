@@ -123,7 +123,7 @@ class Reader:
         if len(sources) > 1 and set(sources) & {"pile", "stdlib"}:
             raise BadInput(f"--source {' '.join(sources)}: pile and stdlib stand alone, not beside others")
         if self.kind == "stdlib":
-            self.skip_bad = True  # the standard library's own tests hold a few files that are not UTF-8, on purpose
+            self.skip_bad = True  # an old encoding in some corner of it is no fault of the user
             self.paths = standard_library_files()
         elif self.kind == "files":
             self.paths = [path for source in sources for path in expand(source)]
@@ -221,10 +221,13 @@ class Reader:
 
 
 def standard_library_files():
-    """The .py files of this Python's standard library (not what is installed into it), sorted: a list of paths."""
+    """The .py files of this Python's standard library, sorted: a list of paths.
+
+    Neither what is installed into it nor its own tests, which many distributions leave out.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(root.rglob("*.py"))
-    files = [str(f) for f in files if "site-packages" not in f.parts and "dist-packages" not in f.parts]
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = [str(f) for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
     if not files:
         raise BadInput(f"--source stdlib: {root} holds no .py files; give text of your own by --source")
     return files

@@ -67,9 +67,8 @@ class Settings:
     resume: bool = flag(False, "go on from --out_dir/ckpt.pt; flags not given keep the checkpoint's values")
 
 
-TINY = dict(
-    max_steps=1500, batch_size=8, lr=2e-3, eval_interval=250, eval_tokens=2**17, ckpt_interval=250, log_interval=1
-)
+TINY = dict(max_steps=800, warmup=0.05, batch_size=16, lr=2e-3, eval_interval=200, eval_tokens=2**16, ckpt_interval=200,
+            log_interval=1)  # fmt: skip
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=BALANCES)
 LARGEST_MICRO_BATCH = 16
 
@@ -317,10 +316,10 @@ def load_model(checkpoint, path, device):
     try:
         with torch.device("meta"):
             model = UniPool(UniPoolConfig(**checkpoint["config"]))
-        model.to_empty(device=device).load_state_dict(checkpoint["model"])
+        model.load_state_dict(checkpoint["model"], assign=True)
     except (ValueError, TypeError, RuntimeError) as error:
         raise BadInput(f"{path}: its weights and its config do not match ({error}): use another checkpoint") from None
-    return model
+    return model.to(device)
 
 
 def save_checkpoint(path, **contents):
@@ -392,7 +391,7 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
 # The run
 
 
-def main(argv=None):
+def run(argv):
     given = parse_flags(argv)
     ckpt_path = Path(given.get("out_dir", Settings.out_dir)) / "ckpt.pt"
     saved = load_checkpoint(ckpt_path) if given.get("resume") else None
@@ -437,7 +436,7 @@ def main(argv=None):
     torch.manual_seed(settings.seed)
     if saved is None:
         with torch.device(device):
-            model = UniPool(config)
+            model = UniPool(config).to(device)
     else:
         model = load_model(saved, ckpt_path, device)
     betas = (settings.beta1, settings.beta2)
@@ -453,14 +452,11 @@ def main(argv=None):
     def autocast():
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
-    runner = model  # what the loop calls: the model, compiled and made to average gradients over processes
-    if settings.compile if settings.compile is not None else device.type == "cuda":
-        runner = torch.compile(runner)
+    use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
+    runner = compiled = torch.compile(model) if use_compile else model
     if world_size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        runner = DistributedDataParallel(
-            runner, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        runner = DistributedDataParallel(compiled, device_ids=device_ids, gradient_as_bucket_view=True)
 
     # ---- Logs
     metrics_path = ckpt_path.with_name("metrics.jsonl")
@@ -541,8 +537,9 @@ def main(argv=None):
             if peak:
                 line["mfu"] = tokens_per_second * model.flops_per_token() / (peak * world_size)
             if evaluating:
-                line["val_loss"] = validate(runner, val_data, settings.eval_tokens, micro_batch_size, rank, world_size,
-                                            device, autocast)  # fmt: skip
+                line["val_loss"] = validate(
+                    compiled, val_data, settings.eval_tokens, micro_batch_size, rank, world_size, device, autocast
+                )
             if is_main:
                 with open(metrics_path, "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -568,7 +565,12 @@ def main(argv=None):
     if is_main:
         out_dir = "" if settings.out_dir == Settings.out_dir else f" --out_dir={settings.out_dir}"
         print(f"{ckpt_path} holds step {step}. Text from it: python sample.py{out_dir}")
-    if world_size > 1:
+
+
+def main(argv=None):
+    run(argv)
+    # Not at the end of run(): gloo can deadlock when the process group goes before the model that run() still holds.
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -29,10 +29,12 @@ from torch import nn
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-# Table 6, and "tiny" for a laptop. The name of a scale is its active size, embeddings included. Every scale has 8
-# experts a layer of the dense width 4 * C, so M = 8 * L; `balance_coef` is the paper's alpha_pool.
+# Table 6, and "tiny" for a laptop, on bytes. A scale is named by its active size, embeddings included. Every scale has
+# 8 experts a layer of the dense width 4 * C, so M = 8 * L; `balance_coef` is the paper's alpha_pool.
 SCALES = {
-    "tiny": dict(n_layer=4, n_embd=128, n_head=4, n_kv_head=2, block_size=256, vocab_size=320, balance_coef=1e-2),
+    "tiny": dict(
+        n_layer=4, n_embd=128, n_head=4, n_kv_head=2, block_size=128, vocab_size=320, balance_coef=1e-2, init_std=0.04
+    ),
     "182m": dict(n_layer=12, n_embd=768, n_head=12, balance_coef=1e-2),
     "469m": dict(n_layer=24, n_embd=1024, n_head=16, balance_coef=2e-2),
     "650m": dict(n_layer=36, n_embd=1024, n_head=16, balance_coef=2e-2),
@@ -146,9 +148,12 @@ class UniPoolConfig:
 
 
 def rope_table(block_size, head_dim, base):
-    """Cosines and sines of RoPE's angles, position * base^(-2i / D) for pair i: (2, block_size, D/2), fp32."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
-    angles = torch.outer(torch.arange(block_size).float(), frequencies)  # (block_size, D/2)
+    """Cosines and sines of RoPE's angles, position * base^(-2i / D) for pair i: (2, block_size, D/2), fp32.
+
+    On the CPU even under torch.device("meta"): a checkpoint fills a model made there with weights, not with this table.
+    """
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)  # (D/2,)
+    angles = torch.outer(torch.arange(block_size, device="cpu").float(), frequencies)  # (block_size, D/2)
     return torch.stack([angles.cos(), angles.sin()])
 
 

@@ -1,0 +1,1318 @@
+"""Every claim of the other files, checked against something independent of them: the paper's figures, numpy, a loop
+over tokens, brute-force counts, or the same model computed another way.
+
+    pytest                      # all of it, offline
+    pytest -k "router or loss"  # a part
+"""
+
+import gzip
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prepare_pile
+import sample
+import train
+import unipool
+from prepare_pile import BadInput, get_tokenizer, prepare, run_command
+from unipool import ARCHS, BALANCES, ROUTERS, SCALES, ExpertPool, NormRouter, UniPool, UniPoolConfig
+
+HERE = Path(__file__).parent
+PAPER_SCALES = [scale for scale in SCALES if scale != "tiny"]
+torch.set_num_threads(2)
+
+
+def small_config(**overrides):
+    """A model that takes milliseconds; wide enough that grouped_mm's alignment rules let it in."""
+    fields = dict(block_size=16, vocab_size=40, n_layer=4, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48, n_expert=8,
+                  init_std=0.1)  # fmt: skip
+    return UniPoolConfig(**(fields | overrides))
+
+
+def small_model(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return UniPool(small_config(**overrides))
+
+
+def random_tokens(config, batch=3, length=None, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, (batch, length or config.block_size), generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration and size
+
+
+# Table 6, to the digits that the paper prints.
+STORED = {"182m": 777.9e6, "469m": 2.588e9, "650m": 3.834e9, "830m": 5.081e9, "978m": 5.742e9}
+
+
+@pytest.mark.parametrize("scale", PAPER_SCALES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_parameter_counts(scale, arch):
+    with torch.device("meta"):
+        model = UniPool(UniPoolConfig.from_scale(scale, arch))
+    # Written out from METHOD's table: layers, width, FFN width and the vocabulary, with 4 KV heads.
+    L, C, heads = {"182m": (12, 768, 12), "469m": (24, 1024, 16), "650m": (36, 1024, 16), "830m": (48, 1024, 16),
+                   "978m": (24, 1536, 16)}[scale]  # fmt: skip
+    ffn = 3 * C * 4 * C
+    shared = 2 * 51200 * C + L * (2 * C * C + 2 * C * 4 * C // heads) + (2 * L + 1) * C  # embeddings, attention, norms
+    routers = {"unipool": L * (8 * L * C + 1), "vanilla": L * 8 * C, "dense": 0}[arch]
+    n_ffn = {"unipool": 8 * L, "vanilla": 8 * L, "dense": L}[arch]
+    assert model.num_params() == shared + routers + n_ffn * ffn, f"{scale} {arch} stores another number of parameters"
+    assert model.num_params(active=True) == shared + routers + L * ffn, "one expert a layer is active"
+    if arch == "unipool":
+        printed = STORED[scale]
+        assert abs(model.num_params() - printed) <= 0.0005 * 10 ** math.floor(math.log10(printed)), "Table 6 disagrees"
+    if arch == "dense":
+        assert abs(model.num_params() / float(scale[:-1]) / 1e6 - 1) < 0.01, "a scale is named by its dense twin's size"
+
+
+def test_exact_count_at_182m():
+    with torch.device("meta"):
+        assert UniPool(UniPoolConfig.from_scale("182m")).num_params() == 777_898_764
+
+
+def test_paper_presets():
+    """METHOD's table, the baselines' settings and the training recipe of Table 8."""
+    alpha = {"182m": 1e-2, "469m": 2e-2, "650m": 2e-2, "830m": 2e-2, "978m": 2e-2}
+    for scale in PAPER_SCALES:
+        config = UniPoolConfig.from_scale(scale)
+        assert (config.n_pool, config.top_k, config.router, config.balance) == (1, 1, "norm", "pool")
+        assert config.n_expert == 8 * config.n_layer and config.n_hidden == 4 * config.n_embd
+        assert config.balance_coef == alpha[scale] and config.block_size == 1024 and config.n_kv_head == 4
+        assert (config.rope_base, config.norm_eps, config.init_std) == (1e6, 1e-5, 0.01)
+        vanilla = UniPoolConfig.from_scale(scale, "vanilla")
+        assert vanilla.n_pool == vanilla.n_layer and vanilla.experts_per_pool == 8
+        assert (vanilla.router, vanilla.balance, vanilla.balance_coef) == ("softmax", "layer", 1e-2)
+        assert UniPoolConfig.from_scale(scale, "dense").n_expert == 0
+    settings, _ = train.settle(dict(scale="182m"), None)
+    assert (settings.max_steps, settings.batch_size, settings.lr, settings.min_lr) == (60_000, 512, 5e-4, 0.1)
+    assert (settings.warmup, settings.grad_clip, settings.weight_decay) == (0.01, 1.0, 0.01)
+    assert (settings.beta1, settings.beta2, settings.adam_eps) == (0.9, 0.999, 1e-8)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("n_pool", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_every_switch_trains(router, balance, n_pool, top_k):
+    model = small_model(router=router, balance=balance, n_pool=n_pool, top_k=top_k)
+    idx = random_tokens(model.config)
+    out = model(idx, idx)
+    (out.loss + model.config.balance_coef * out.balance_loss).backward()
+    model.update_bias(out.usage)
+    assert out.usage.shape == (4, 8 // n_pool)
+    torch.testing.assert_close(out.usage.sum(dim=1), torch.ones(4), msg="the f of each layer must sum to 1")
+    assert (out.balance_loss > 0) == (balance in ("pool", "layer"))
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), f"{name} got no finite gradient"
+
+
+def test_dense_model_has_no_routing():
+    model = small_model(n_expert=0, balance="none")
+    idx = random_tokens(model.config)
+    out = model(idx, idx)
+    assert out.balance_loss == 0 and out.usage.shape == (4, 0)
+    assert not any("router" in name or "pool" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        (dict(top_k=9), ["top_k=9", "n_expert=8"]),
+        (dict(top_k=3, n_pool=4), ["top_k=3", "n_pool=4"]),
+        (dict(top_k=0), ["top_k=0"]),
+        (dict(n_pool=3), ["n_pool=3", "n_layer=4"]),
+        (dict(n_pool=4, n_expert=10), ["n_pool=4", "n_expert=10"]),
+        (dict(n_head=5), ["n_head=5", "n_embd=32"]),
+        (dict(n_kv_head=3), ["n_kv_head=3", "n_head=4"]),
+        (dict(n_embd=36, n_head=4), ["n_embd=36", "n_head=4"]),  # heads of width 9
+        (dict(router="best"), ["router='best'"]),
+        (dict(balance="best"), ["balance='best'"]),
+        (dict(n_layer=0), ["n_layer=0"]),
+    ],
+)
+def test_impossible_configurations_name_their_fields(fields, named):
+    with pytest.raises(ValueError) as error:
+        small_config(**fields)
+    for part in named:
+        assert part in str(error.value), f"the message should name {part}: {error.value}"
+
+
+def test_unknown_scale_and_arch():
+    for arguments in (("1b",), ("tiny", "mixtral")):
+        with pytest.raises(ValueError, match="choose from"):
+            UniPoolConfig.from_scale(*arguments)
+
+
+def test_initialisation():
+    """N(0, init_std) for matrices, init_std / sqrt(2L) for the two that write to the residual stream, norms are 1."""
+    model = small_model(n_embd=64, n_hidden=256, init_std=0.01)
+    scaled = 0.01 / math.sqrt(2 * 4)
+    for name, p in model.named_parameters():
+        if "norm" in name or "sigma" in name:
+            assert (p == 1).all(), f"{name} should start at 1"
+        else:
+            expected = scaled if "attention.out" in name or "down" in name else 0.01
+            error = abs(p.std().item() / expected - 1)
+            assert error < 5 / math.sqrt(2 * p.numel()), f"{name}: std {p.std():.5f}, should be {expected:.5f}"
+            assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel()), f"{name} should have mean 0"
+
+
+def test_flops_count_active_experts_only():
+    few, many = (UniPoolConfig.from_scale("182m", n_expert=n) for n in (48, 96))
+    with torch.device("meta"):
+        few, many, twice = UniPool(few), UniPool(many), UniPool(UniPoolConfig.from_scale("182m", top_k=2))
+    router = 12 * 48 * 768
+    assert many.flops_per_token() - few.flops_per_token() == 6 * router, "idle experts must not count"
+    assert twice.flops_per_token() - many.flops_per_token() == 6 * 12 * 3 * 768 * 3072, "a second expert a layer counts"
+    # Every multiplication of a dense model by hand: attention's projections, FFN, head, and scores and values.
+    dense = UniPool(UniPoolConfig.from_scale("tiny", "dense"))
+    c = dense.config
+    per_layer = c.n_embd * (c.n_embd + 2 * c.n_kv_head * c.head_dim) + c.n_embd**2 + 3 * c.n_embd * c.n_hidden
+    forward = 2 * (c.n_layer * per_layer + c.n_embd * c.vocab_size) + c.n_layer * 4 * c.block_size * c.n_embd
+    assert dense.flops_per_token() == 3 * forward, "backward costs twice the forward pass"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Routers, against numpy in double precision
+
+
+def numpy_scores(router, x):
+    """The scores of a router by the paper's formulas: x (N, C) -> (N, M), float64."""
+    z = x.double().numpy() @ router.weight.detach().double().numpy().T
+    if isinstance(router, NormRouter):
+        norms = np.sqrt((z**2).sum(axis=1, keepdims=True))
+        return router.sigma.item() * router.c * np.maximum(0, z / (norms + 1e-8))
+    if isinstance(router, unipool.SoftmaxRouter):
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+    return 1 / (1 + np.exp(-z))
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_router_against_numpy(name, top_k):
+    torch.manual_seed(0)
+    router = ROUTERS[name](24, 10, top_k)
+    if name == "norm":
+        router.sigma.data.fill_(0.7)
+    x = torch.randn(50, 24)
+    gates, experts, scores = router(x)
+    expected = numpy_scores(router, x)
+    assert gates.shape == experts.shape == (50, top_k) and scores.shape == (50, 10)
+    assert experts.dtype == torch.int64 and scores.dtype == gates.dtype == torch.float32
+    np.testing.assert_allclose(scores.detach().numpy(), expected, atol=1e-5, err_msg="scores differ from the formula")
+    best = np.sort(expected, axis=1)[:, ::-1][:, :top_k]
+    np.testing.assert_allclose(gates.detach().numpy(), best, atol=1e-5, err_msg="gates must be the k best scores as is")
+    chosen = np.take_along_axis(expected, experts.numpy(), axis=1)
+    np.testing.assert_allclose(chosen, best, atol=1e-5, err_msg="experts must be those with the k best scores")
+
+
+def test_norm_router_ignores_the_scale_of_its_input():
+    router = NormRouter(24, 10, 1)
+    x = torch.randn(50, 24)
+    torch.testing.assert_close(router(x)[2], router(1000 * x)[2], msg="z / ||z|| does not depend on the scale of x")
+    assert router(torch.zeros(1, 24))[2].abs().sum() == 0, "z = 0 must not become NaN"
+
+
+def test_routing_is_fp32_under_autocast_and_in_bf16():
+    router = NormRouter(64, 32, 2)
+    x = torch.randn(100, 64)
+    exact = router(x)[2]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = router(x)[2]
+    assert inside.dtype == torch.float32 and torch.equal(inside, exact), "autocast must not reach the router"
+    assert router.bfloat16()(x.bfloat16())[2].dtype == torch.float32
+
+
+def norm_router_scale_by_integration(n_expert):
+    """c at k = 1, by a one-dimensional integral and no random numbers.
+
+    The length of a normal vector is independent of its direction, so E[1 / max(x / ||x||)] is E[1 / max x] over
+    E[1 / ||x||]. The maximum of M normals has the density M phi(m) Phi(m)^(M-1), and E[1 / ||x||] is
+    Gamma((M-1)/2) / (sqrt(2) Gamma(M/2)).
+    """
+    m = np.linspace(1e-4, 12, 2_000_000)
+    log_cdf = np.log(0.5 * (1 + torch.erf(torch.from_numpy(m) / math.sqrt(2)).numpy()))
+    density = n_expert * np.exp(-(m**2) / 2 + (n_expert - 1) * log_cdf) / math.sqrt(2 * math.pi)
+    inverse_maximum = np.trapezoid(density / m, m) / np.trapezoid(density, m)
+    inverse_length = math.exp(math.lgamma((n_expert - 1) / 2) - math.lgamma(n_expert / 2)) / math.sqrt(2)
+    return inverse_maximum / inverse_length
+
+
+@pytest.mark.parametrize("n_expert", [16, 32, 64, 96, 192, 384])
+def test_norm_router_scale_against_integration(n_expert):
+    c, expected = unipool.norm_router_scale(n_expert, 1), norm_router_scale_by_integration(n_expert)
+    assert abs(c / expected - 1) < 0.01, f"c is {c:.3f} for M={n_expert}, k=1; the integral gives {expected:.3f}"
+
+
+@pytest.mark.parametrize("n_expert, top_k", [(16, 2), (96, 2), (96, 4), (32, 32)])
+def test_norm_router_scale_against_other_draws(n_expert, top_k):
+    x = np.random.default_rng(5).standard_normal((40_000, n_expert))
+    unit = np.maximum(0, x / np.linalg.norm(x, axis=1, keepdims=True))
+    expected = (1 / np.linalg.norm(np.sort(unit, axis=1)[:, -top_k:], axis=1)).mean()
+    assert abs(unipool.norm_router_scale(n_expert, top_k) / expected - 1) < 0.01
+
+
+def test_norm_router_scale_is_about_4_at_the_papers_size():
+    assert round(unipool.norm_router_scale(96, 1), 1) == 4.0
+
+
+def test_norm_router_scale_is_finite_everywhere():
+    sizes = [*range(1, 33), 48, 64, 96, 128, 192, 288, 384, 512]
+    for n_expert in sizes:
+        for top_k in {1, min(2, n_expert), n_expert}:
+            c = unipool.norm_router_scale(n_expert, top_k)
+            assert math.isfinite(c) and 0.9 < c < 10, f"c({n_expert}, {top_k}) = {c}"
+    assert unipool.norm_router_scale(1, 1) == pytest.approx(1), "a positive unit vector of one entry has norm 1"
+    unipool.norm_router_scale.cache_clear()
+    assert unipool.norm_router_scale(8, 1) == unipool.norm_router_scale.__wrapped__(8, 1), "c must not vary"
+
+
+def test_gates_of_an_untrained_norm_router_have_norm_one():
+    """What c is for (Eq. 12), at widths where the logits are as good as independent normals."""
+    torch.manual_seed(0)
+    for n_expert, top_k in [(32, 1), (96, 1), (96, 4)]:
+        gates = NormRouter(512, n_expert, top_k)(torch.randn(4000, 512))[0]
+        assert abs((1 / gates.norm(dim=1)).mean().item() - 1) < 0.03, f"M={n_expert}, k={top_k}"
+
+
+def test_bias_sways_the_choice_and_not_the_gates():
+    torch.manual_seed(0)
+    router = ROUTERS["sigmoid"](24, 10, 2)
+    x = torch.randn(50, 24)
+    _, _, before = router(x)
+    router.bias[7] = 100.0
+    gates, experts, scores = router(x)
+    assert torch.equal(scores, before) and (experts == 7).any(dim=1).all(), "a large bias must win every choice"
+    assert torch.equal(gates, scores.gather(1, experts)), "the gate is the score without the bias"
+
+
+def test_bias_moves_towards_balance():
+    model = small_model(router="sigmoid", balance="bias", bias_rate=1e-3)
+    usage = torch.full((4, 8), 0.125)
+    usage[2] = torch.tensor([0.5, 0.25, 0.125, 0.125, 0.0, 0.0, 0.0, 0.0])
+    model.update_bias(usage)
+    expected = torch.tensor([-1, -1, 0, 0, 1, 1, 1, 1]) * 1e-3
+    torch.testing.assert_close(
+        model.blocks[2].router.bias, expected, msg="overloaded down, underloaded up, by the rate"
+    )
+    assert (model.blocks[0].router.bias == 0).all(), "an even load moves nothing"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pool and its dispatch, against a loop over tokens
+
+
+def loop_over_tokens(pool, x, gates, experts):
+    """Eq. 2 as it is written."""
+    rows = []
+    for x_n, gates_n, experts_n in zip(x, gates, experts):
+        y_n = 0
+        for g, i in zip(gates_n, experts_n):
+            gate, up = (x_n @ pool.gate_up[i]).chunk(2)
+            y_n = y_n + g * ((F.silu(gate) * up) @ pool.down[i])
+        rows.append(y_n)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("empty", ["none", "some", "all but one"])
+def test_dispatch_against_a_loop_over_tokens(top_k, grouped, empty, monkeypatch):
+    if grouped and not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    if not grouped:
+        monkeypatch.delattr(F, "grouped_mm", raising=False)
+    calls = []
+    if grouped:
+        real = F.grouped_mm
+        monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    torch.manual_seed(0)
+    dtype = torch.float32 if grouped else torch.float64
+    pool = ExpertPool(6, 16, 24).to(dtype)
+    allowed = {"none": [0, 1, 2, 3, 4, 5], "some": [1, 2, 4], "all but one": [3, 3]}[empty]
+    experts = torch.stack([torch.tensor(allowed)[torch.randperm(len(allowed))[:top_k]] for _ in range(20)])
+    x = torch.randn(20, 16, dtype=dtype, requires_grad=True)
+    gates = torch.rand(20, top_k, dtype=dtype, requires_grad=True)
+    weight = torch.randn(20, 16, dtype=dtype)
+    results = []
+    for compute in (pool, lambda *args: loop_over_tokens(pool, *args)):
+        y = compute(x, gates, experts)
+        results.append([y.detach(), *torch.autograd.grad((y * weight).sum(), [x, gates, pool.gate_up, pool.down])])
+    assert bool(calls) == grouped, "the test must take the path that it names"
+    for name, got, expected in zip(["output", "d x", "d gates", "d gate_up", "d down"], *results):
+        torch.testing.assert_close(got, expected, msg=lambda m, name=name: f"{name} differs from the loop: {m}")
+    unused = [i for i in range(6) if i not in allowed]
+    assert (results[0][3][unused] == 0).all(), "an expert without tokens must get a gradient of exactly zero"
+
+
+def test_no_token_is_dropped():
+    """All tokens to one expert: with a capacity limit most would come out as zeros."""
+    pool = ExpertPool(4, 16, 24)
+    x = torch.randn(200, 16)
+    y = pool(x, torch.ones(200, 1), torch.full((200, 1), 2))
+    gate, up = (x @ pool.gate_up[2]).chunk(2, dim=-1)
+    torch.testing.assert_close(y, (F.silu(gate) * up) @ pool.down[2])
+
+
+def test_the_same_expert_twice_counts_twice():
+    pool = ExpertPool(4, 16, 24)
+    x, experts = torch.randn(5, 16), torch.full((5, 2), 1)
+    twice = pool(x, torch.tensor([[0.3, 0.4]]).expand(5, 2), experts)
+    torch.testing.assert_close(twice, pool(x, torch.full((5, 1), 0.7), experts[:, :1]))
+
+
+def test_pool_in_bf16_is_close_to_fp32():
+    torch.manual_seed(0)
+    pool = ExpertPool(4, 64, 96)
+    x, gates, experts = torch.randn(30, 64), torch.rand(30, 2), torch.randint(4, (30, 2))
+    exact = pool(x, gates, experts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = pool(x, gates, experts)
+    assert rounded.dtype == x.dtype and not torch.equal(rounded, exact), "the products must be in bf16"
+    torch.testing.assert_close(rounded, exact, atol=0.03, rtol=0.03)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Balance losses
+
+
+def random_statistics(L=5, M=7, N=40, seed=0):
+    """f by counting choices and P as mean scores, in double precision, with the choices and scores they come from."""
+    rng = np.random.default_rng(seed)
+    scores = rng.random((L, N, M))
+    chosen = scores.argmax(axis=2)
+    f = np.array([[(chosen[l] == i).sum() / N for i in range(M)] for l in range(L)])
+    return torch.from_numpy(f), torch.from_numpy(scores.mean(axis=1)), chosen, scores
+
+
+def test_pool_loss_against_brute_force_counts():
+    f, P, chosen, scores = random_statistics()
+    L, N, M = scores.shape
+    total = 0.0
+    for i in range(M):  # Eq. 4 and 5, from single tokens
+        f_bar = sum(chosen[l, n] == i for l in range(L) for n in range(N)) / (L * N)
+        P_bar = sum(scores[l, n, i] for l in range(L) for n in range(N)) / (L * N)
+        total += M * f_bar * P_bar
+    assert unipool.pool_balance_loss(f, P).item() == pytest.approx(total)
+
+
+def test_layer_loss_against_brute_force_counts():
+    f, P, chosen, scores = random_statistics()
+    L, N, M = scores.shape
+    total = sum(M * (chosen[l] == i).mean() * scores[l, :, i].mean() for l in range(L) for i in range(M))  # Eq. 3
+    assert unipool.layer_balance_loss(f, P).item() == pytest.approx(total)
+
+
+def test_equation_5_equals_equation_6():
+    f, P, _, _ = random_statistics()
+    L, M = f.shape
+    equation_6 = sum(M * (f.mean(dim=0) * P[l]).sum() for l in range(L)) / L
+    torch.testing.assert_close(unipool.pool_balance_loss(f, P), equation_6)
+
+
+def test_losses_at_known_points():
+    L, M = 3, 8
+    even = torch.full((L, M), 1 / M)
+    assert unipool.pool_balance_loss(even, even).item() == pytest.approx(1), "softmax at perfect balance gives 1"
+    assert unipool.layer_balance_loss(even, even).item() == pytest.approx(L), "and L, summed over the layers"
+    one = torch.zeros(L, M)
+    one[:, 0] = 1
+    assert unipool.pool_balance_loss(one, one).item() == pytest.approx(M), "one expert for all gives M"
+    # Layers that specialise, each on experts of its own, are balanced for the pool and not for themselves.
+    own = torch.eye(8)
+    assert unipool.pool_balance_loss(own, own).item() == pytest.approx(1)
+    assert unipool.layer_balance_loss(own, own).item() == pytest.approx(64)
+
+
+def test_f_carries_no_gradient():
+    f = torch.rand(3, 4, requires_grad=True)
+    P = torch.rand(3, 4, requires_grad=True)
+    for loss in (unipool.pool_balance_loss, unipool.layer_balance_loss):
+        f.grad = P.grad = None
+        loss(f, P).backward()
+        assert f.grad is None and P.grad is not None
+
+
+@pytest.mark.parametrize("n_pool", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_model_loss_and_usage_against_counts(n_pool, top_k):
+    """The model's usage and balance loss, from its routers called by hand on what they saw."""
+    model = small_model(n_pool=n_pool, top_k=top_k)
+    idx = random_tokens(model.config)
+    seen = []
+    for block in model.blocks:
+        block.router.register_forward_hook(lambda module, args, result: seen.append(result))
+    out = model(idx)
+    M = 8 // n_pool
+    f = [[(experts == i).sum().item() / experts.numel() for i in range(M)] for _, experts, _ in seen]
+    torch.testing.assert_close(out.usage, torch.tensor(f), msg="usage must be the share of the choices")
+    expected = 0.0
+    for g in range(n_pool):  # the pool loss, summed over the pools, each over its own layers
+        layers = range(g * 4 // n_pool, (g + 1) * 4 // n_pool)
+        for i in range(M):
+            f_bar = np.mean([f[l][i] for l in layers])
+            P_bar = np.mean([seen[l][2][:, i].mean().item() for l in layers])
+            expected += M * f_bar * P_bar
+    assert out.balance_loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_balance_gradient_reaches_routers_and_not_experts():
+    model = small_model()
+    model(random_tokens(model.config)).balance_loss.backward()
+    for l, block in enumerate(model.blocks):
+        assert block.router.weight.grad.abs().sum() > 0, f"router {l} is not pressed by the loss"
+        assert block.router.sigma.grad.abs().sum() > 0, "the loss presses on sigma as well"
+    # Layer 0's experts do reach it, through the inputs of later routers; the last layer's own output does not.
+    last = UniPool(small_config(n_layer=1))
+    last(random_tokens(last.config)).balance_loss.backward()
+    for p in last.pools.parameters():
+        assert p.grad is None or (p.grad == 0).all(), "the loss must not flow through the experts' own layer"
+
+
+def test_pool_loss_with_private_pools_is_the_layer_loss():
+    f, P, _, _ = random_statistics(L=4, M=2)
+    pool, layer = small_model(n_pool=4, balance="pool"), small_model(n_pool=4, balance="layer")
+    torch.testing.assert_close(pool.balance_loss(f, P), layer.balance_loss(f, P))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sharing
+
+
+def test_one_pool_in_the_state_dict():
+    names = [name for name in small_model().state_dict() if "pool" in name]
+    assert names == ["pools.0.gate_up", "pools.0.down"], "the shared pool must stand in the state dict once"
+    assert small_model(n_pool=2).state_dict()["pools.1.down"].shape == (4, 48, 32)
+
+
+def forward_with_weights(model, idx, weights_of_layer):
+    """The model's forward pass with the expert weights of each layer given: what private experts would compute."""
+    x = model.embedding(idx)
+    for block, weights in zip(model.blocks, weights_of_layer):
+        x, _, _ = block(x, model.rope[:, : idx.size(1)], weights)
+    return F.cross_entropy(model.head(model.norm(x)).flatten(0, 1), idx.flatten())
+
+
+@pytest.mark.parametrize("n_pool", [1, 2, 4])
+def test_gradient_of_a_pool_is_the_sum_over_its_layers(n_pool):
+    """Every layer contributes: give each layer its own copy of its pool, and add up the copies' gradients."""
+    model = small_model(n_pool=n_pool)
+    idx = random_tokens(model.config)
+    model(idx, idx).loss.backward()
+    copies = []
+    for l in range(4):
+        pool = model.pools[l * n_pool // 4]
+        copies.append([p.detach().clone().requires_grad_() for p in (pool.gate_up, pool.down)])
+    forward_with_weights(model, idx, copies).backward()
+    for g, pool in enumerate(model.pools):
+        layers = range(g * 4 // n_pool, (g + 1) * 4 // n_pool)
+        assert all(copies[l][0].grad.abs().sum() > 0 for l in layers), "a layer of the pool contributes nothing"
+        for p, which in ((pool.gate_up, 0), (pool.down, 1)):
+            torch.testing.assert_close(p.grad, sum(copies[l][which].grad for l in layers), rtol=1e-4, atol=1e-6)
+
+
+def test_as_many_pools_as_layers_are_private_experts():
+    """G = L against a vanilla MoE built by hand: every layer loops over its own experts."""
+    model = small_model(n_pool=4, router="softmax", top_k=2)
+    idx = random_tokens(model.config)
+    x = model.embedding(idx)
+    for l, block in enumerate(model.blocks):
+        x = x + block.attention(block.attention_norm(x), model.rope)
+        h = block.ffn_norm(x).flatten(0, 1)
+        probabilities = (h @ block.router.weight.T).softmax(dim=-1)
+        y = torch.zeros_like(h)
+        for i in range(2):
+            gate, up = (h @ model.pools[l].gate_up[i]).chunk(2, dim=-1)
+            y = y + probabilities[:, i : i + 1] * ((F.silu(gate) * up) @ model.pools[l].down[i])  # both of two: top-2
+        x = x + y.view_as(x)
+    torch.testing.assert_close(model(idx).logits, model.head(model.norm(x)), rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer around it
+
+
+def test_attention_against_the_formula():
+    """Softmax attention written out with complex rotations and repeated key and value heads, in double precision."""
+    config = small_config()
+    torch.manual_seed(0)
+    attention = unipool.Attention(config).double()
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    rope = unipool.rope_table(16, 8, 1e6).double()
+    weight = attention.qkv.weight
+    q, k, v = (x @ w.T for w in weight.split([32, 16, 16]))
+    q, k, v = (t.unflatten(2, (-1, 8)) for t in (q, k, v))  # (B, T, heads, D)
+
+    def rotate(t):  # pair i of position p, as a complex number, times exp(j p base^(-2i/D))
+        pairs = torch.complex(t[..., :4], t[..., 4:])
+        angles = torch.arange(7)[:, None] * 1e6 ** (-2 * torch.arange(4, dtype=torch.float64) / 8)
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)[None, :, None]
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    q, k = rotate(q), rotate(k)
+    y = torch.zeros(2, 7, 4, 8, dtype=torch.float64)
+    for head in range(4):
+        for t in range(7):
+            shared = head // 2  # two query heads to one key and value head
+            logits = torch.einsum("bd,bsd->bs", q[:, t, head], k[:, : t + 1, shared]) / math.sqrt(8)
+            y[:, t, head] = torch.einsum("bs,bsd->bd", logits.softmax(dim=1), v[:, : t + 1, shared])
+    expected = y.flatten(2) @ attention.out.weight.T
+    torch.testing.assert_close(attention(x, rope[:, :7]), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", [dict(), dict(n_pool=4, router="softmax", top_k=2), dict(n_expert=0)])
+def test_no_token_sees_the_future(arch):
+    model = small_model(**arch)
+    idx = random_tokens(model.config)
+    before = model(idx).logits
+    for t in (1, 8, 15):
+        changed = idx.clone()
+        changed[:, t:] = (changed[:, t:] + 7) % 40
+        after = model(changed).logits
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=1e-4, atol=1e-5, msg=f"position {t} leaks back")
+        assert not torch.allclose(after[:, t], before[:, t]), "a changed token must change its own output"
+
+
+def test_cache_gives_the_full_forward_pass():
+    model = small_model()
+    idx = random_tokens(model.config)
+    full = model(idx).logits
+    caches = [unipool.KVCache(3, model.config, idx.device, torch.float32) for _ in model.blocks]
+    pieces = [model.trunk(idx[:, :6], caches)[0]] + [model.trunk(idx[:, t : t + 1], caches)[0] for t in range(6, 16)]
+    torch.testing.assert_close(model.head(torch.cat(pieces, dim=1)), full, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", [dict(), dict(n_pool=4, router="softmax", top_k=2), dict(n_expert=0)])
+@pytest.mark.parametrize("length", [1, 10, 16, 25])
+def test_generate_equals_recomputing_the_cropped_context(arch, length):
+    """Greedy text, batched, up to block_size and past it, against nanoGPT's loop without any cache."""
+    model = small_model(**arch)
+    idx = random_tokens(model.config, length=length)
+    expected = idx
+    for _ in range(12):
+        logits = model(expected[:, -16:]).logits[:, -1]
+        expected = torch.cat([expected, logits.argmax(dim=1, keepdim=True)], dim=1)
+    assert torch.equal(model.generate(idx, 12, temperature=0), expected)
+
+
+def test_sampling_follows_temperature_top_k_and_vocabulary():
+    model = small_model()
+    idx = random_tokens(model.config, batch=1, length=5).expand(4000, 5)
+    probabilities = (model(idx[:1]).logits[0, -1] / 0.5).softmax(dim=0)
+    torch.manual_seed(0)
+    drawn = model.generate(idx, 1, temperature=0.5)[:, -1].bincount(minlength=40) / 4000
+    assert (drawn - probabilities).abs().max() < 5 * math.sqrt(0.25 / 4000), "frequencies must follow the softmax"
+    best = set(model(idx[:1]).logits[0, -1].topk(3).indices.tolist())
+    assert set(model.generate(idx, 1, top_k=3)[:, -1].tolist()) <= best
+    assert max(token.max().item() for token in model.stream(idx, 3, n_vocab=11)) < 11, "padding ids must not appear"
+    assert model.generate(idx[:2], 1, top_k=1000).shape == (2, 6), "a top_k beyond the vocabulary is no limit"
+
+
+def test_generation_refuses_an_empty_prompt_and_forward_a_long_one():
+    model = small_model()
+    with pytest.raises(ValueError, match="empty"):
+        model.generate(torch.zeros(1, 0, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match="block_size=16"):
+        model(random_tokens(model.config, length=17))
+
+
+def test_weight_decay_spares_one_dimensional_parameters():
+    model = small_model()
+    decayed, spared = model.configure_optimizer(1e-3, 0.1, (0.9, 0.999), 1e-8).param_groups
+    assert decayed["weight_decay"] == 0.1 and all(p.dim() >= 2 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0 and len(spared["params"]) == 4 * 3 + 1  # two norms and a sigma a layer; a norm
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_targets_of_minus_one_do_not_count():
+    model = small_model()
+    idx = random_tokens(model.config)
+    targets = idx.clone()
+    targets[:, 8:] = -1
+    expected = F.cross_entropy(model(idx).logits[:, :8].flatten(0, 1), idx[:, :8].flatten())
+    torch.testing.assert_close(model(idx, targets).loss, expected)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_it_overfits_one_batch(arch):
+    torch.manual_seed(0)
+    model = UniPool(UniPoolConfig.from_scale("tiny", arch, n_layer=2, n_embd=64, block_size=32, vocab_size=64))
+    idx = torch.randint(64, (4, 33))  # random tokens: nothing but memory brings the loss below ln 64 = 4.16
+    optimizer = model.configure_optimizer(3e-3, 0.0, (0.9, 0.99), 1e-8)
+    for _ in range(120):
+        out = model(idx[:, :-1], idx[:, 1:])
+        (out.loss + model.config.balance_coef * out.balance_loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert out.loss.item() < 0.1, f"{arch} cannot memorise 128 tokens: loss {out.loss.item():.3f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def gpt2_or_skip():
+    """The GPT-2 vocabulary, if it is here or can be fetched."""
+    beside = HERE.parent / "shared" / "tiktoken_cache"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and beside.is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(beside)
+    try:
+        return get_tokenizer("gpt2")
+    except BadInput:
+        pytest.skip("the GPT-2 vocabulary is not on this machine and there is no network")
+
+
+DOCUMENTS = [f"Document {i}: naïve café, 你好 😀 <|endoftext|>, tab\t and newline\n" + "word " * i for i in range(60)]
+
+
+def write_jsonl(path, documents=DOCUMENTS):
+    lines = "".join(json.dumps({"text": d, "meta": {"n": 1}}) + "\n" for d in documents).encode()
+    if path.suffix == ".zst":
+        import zstandard
+
+        lines = zstandard.compress(lines[:500]) + zstandard.compress(lines[500:])  # two frames, as `zstd -T` makes them
+    elif path.suffix == ".gz":
+        lines = gzip.compress(lines)
+    path.write_bytes(lines)
+
+
+def read_documents(folder, tokenizer, split):
+    """The documents of a prepared split, decoded, in order."""
+    files = sorted(Path(folder).glob(f"{split}*.bin"))
+    tokens = np.concatenate([np.fromfile(f, dtype="<u2") for f in files])
+    assert tokens[-1] == tokenizer.eot_token, "the last document must end with <|endoftext|>"
+    pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token) + 1)[:-1]
+    return [tokenizer.decode(piece[:-1].tolist()) for piece in pieces]
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_round_trip(name, tmp_path):
+    tokenizer = gpt2_or_skip() if name == "gpt2" else get_tokenizer("bytes")
+    write_jsonl(tmp_path / "a.jsonl")
+    meta = prepare([str(tmp_path / "a.jsonl")], tmp_path / "data", name, val_fraction=0.2, quiet=True)
+    train_documents, val_documents = (read_documents(tmp_path / "data", tokenizer, s) for s in ("train", "val"))
+    assert sorted(train_documents + val_documents) == sorted(DOCUMENTS), "text must come back as it went in"
+    assert [d for d in DOCUMENTS if d in train_documents] == train_documents, "in the order of the source"
+    assert meta == json.loads((tmp_path / "data" / "meta.json").read_text())
+    assert meta["tokenizer"] == name and meta["vocab_size"] == {"bytes": 257, "gpt2": 50257}[name]
+    assert (meta["train_documents"], meta["val_documents"]) == (len(train_documents), len(val_documents))
+    for split in ("train", "val"):
+        size = sum(f.stat().st_size for f in (tmp_path / "data").glob(f"{split}*.bin"))
+        assert meta[f"{split}_tokens"] == size / 2
+
+
+def test_every_form_of_source_gives_the_same_documents(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    for suffix in (".jsonl", ".jsonl.zst", ".jsonl.gz"):
+        write_jsonl(tmp_path / f"x{suffix}")
+    table = pyarrow.table({"id": list(range(60)), "text": DOCUMENTS})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=7)
+    (tmp_path / "texts" / "below").mkdir(parents=True)
+    for i, document in enumerate(DOCUMENTS):
+        (tmp_path / "texts" / ("below" if i % 2 else "") / f"{i:02d}.txt").write_text(document, newline="")
+    (tmp_path / "texts" / ".hidden").write_bytes(b"\xff")
+    sources = ["x.jsonl", "x.jsonl.zst", "x.jsonl.gz", "x.parquet", "texts", "texts/**/*.txt"]
+    for source in sources:
+        assert sorted(prepare_pile.Reader([str(tmp_path / source)])) == sorted(DOCUMENTS), f"{source} reads differently"
+
+
+def test_split_depends_on_the_documents_alone(tmp_path):
+    """Neither on the workers, nor on the order, nor on the other documents."""
+    write_jsonl(tmp_path / "a.jsonl")
+    write_jsonl(tmp_path / "b.jsonl", DOCUMENTS[::-2])
+    tokenizer, held_out = get_tokenizer("bytes"), {}
+    for name, source, workers in [("one", "a", 1), ("four", "a", 4), ("other", "b", 3)]:
+        prepare_pile.BATCH_CHARS, before = 200, prepare_pile.BATCH_CHARS  # many batches, so that workers can race
+        try:
+            prepare([str(tmp_path / f"{source}.jsonl")], tmp_path / name, "bytes", 0.3, workers=workers, quiet=True)
+        finally:
+            prepare_pile.BATCH_CHARS = before
+        held_out[name] = read_documents(tmp_path / name, tokenizer, "val")
+    for file in ("train_000.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "four" / file).read_bytes(), f"{file} depends on W"
+    assert 0 < len(held_out["one"]) < 60
+    assert set(held_out["other"]) == set(held_out["one"]) & set(DOCUMENTS[::-2])
+
+
+def test_share_held_out_is_val_fraction():
+    texts = [f"text {i}".encode() for i in range(20_000)]
+    share = np.mean([prepare_pile.in_validation(text, 0.1) for text in texts])
+    assert abs(share - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 20_000)
+
+
+def test_shards_and_max_tokens(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    whole = prepare([str(tmp_path / "a.jsonl")], tmp_path / "whole", "bytes", 0.2, quiet=True)
+    cut = prepare([str(tmp_path / "a.jsonl")], tmp_path / "cut", "bytes", 0.2, shard_tokens=700, quiet=True)
+    shards = sorted((tmp_path / "cut").glob("train_*.bin"))
+    assert [s.stat().st_size for s in shards[:-1]] == [1400] * (len(shards) - 1) and len(shards) > 3
+    assert b"".join(s.read_bytes() for s in shards) == (tmp_path / "whole" / "train_000.bin").read_bytes()
+    assert cut == whole
+    part = prepare([str(tmp_path / "a.jsonl")], tmp_path / "part", "bytes", 0.2, max_tokens=2000, quiet=True)
+    longest = max(len(d.encode()) + 1 for d in DOCUMENTS)
+    assert 2000 <= part["train_tokens"] < 2000 + longest, "it stops with the document that reaches --max_tokens"
+
+
+def test_large_text_files_are_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_pile, "TEXT_PIECE", 1000)
+    text = "".join(f"line {i} é\n" for i in range(1000))
+    (tmp_path / "book.txt").write_text(text, newline="")
+    pieces = list(prepare_pile.Reader([str(tmp_path / "book.txt")]))
+    assert "".join(pieces) == text and len(pieces) > 5
+    assert all(piece.endswith("\n") and 1000 <= len(piece.encode()) < 1020 for piece in pieces[:-1])
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b"}\n' + '{"text": "fine"}\n' * 3)
+    documents = prepare_pile.tokenize(
+        list(prepare_pile.Reader([str(tmp_path / "a.jsonl")])), get_tokenizer("bytes"), 0.5
+    )
+    assert get_tokenizer("bytes").decode(documents[0][0][:-1].tolist()) == "a \ufffd b"
+
+
+def test_skip_bad_counts_what_it_leaves_out(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    with open(tmp_path / "a.jsonl", "ab") as file:
+        file.write(b'{"text": "cut sh\n{"no text": 1}\n{"text": 3}\n[]\n{"text": "\xff"}\n{"text": "good"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    sources = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    meta = prepare(sources, tmp_path / "data", "bytes", 0.2, skip_bad=True, quiet=True)
+    assert meta["skipped_documents"] == 6 and meta["train_documents"] + meta["val_documents"] == 61
+
+
+def test_standard_library_source():
+    paths = prepare_pile.standard_library_files()
+    assert any(p.endswith("argparse.py") for p in paths) and len(paths) > 200
+    assert not any("site-packages" in p or "/test/" in p for p in paths)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 1000, 4097])
+def test_order_is_a_permutation(n):
+    first, second = (train.permute(np.arange(n), n, seed=1, epoch=e) for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n)), "each sequence once an epoch"
+    if n > 60:
+        assert (first != second).mean() > 0.9, "another epoch needs another order"
+        assert (first != train.permute(np.arange(n), n, seed=2, epoch=0)).mean() > 0.9, "another seed, another order"
+        # Like a random permutation's, the correlation between neighbours is about 0, with a deviation of 1/sqrt(n).
+        assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 5 / math.sqrt(n)
+        assert abs(np.corrcoef(np.arange(n), first)[0, 1]) < 5 / math.sqrt(n)
+
+
+def test_order_over_billions_takes_no_memory():
+    positions = np.arange(5 * 10**9, 5 * 10**9 + 512)
+    order = train.permute(positions, 10**10, seed=1, epoch=3)
+    assert len(set(order)) == 512 and 0 <= order.min() and order.max() < 10**10
+
+
+def tokens_folder(path, n_train=1000, n_val=200, vocab_size=257, shards=1):
+    """A data folder with counted tokens 0, 1, 2 ... below vocab_size."""
+    path.mkdir(parents=True)
+    pieces = np.array_split(np.arange(n_train) % vocab_size, shards)
+    for i, piece in enumerate(pieces):
+        piece.astype("<u2").tofile(path / f"train_{i:03d}.bin")
+    (np.arange(n_val) % vocab_size).astype("<u2").tofile(path / "val.bin")
+    meta = dict(tokenizer="bytes", vocab_size=257, train_tokens=n_train, val_tokens=n_val)
+    (path / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+def test_sequences_cover_the_shards_once(tmp_path):
+    folder = tokens_folder(tmp_path / "data", shards=3)
+    data = train.TokenData(folder, "train", train.read_meta(folder, 257), block_size=16, vocab_size=257)
+    x, y = data.sequences(range(len(data)))
+    assert len(data) == sum((n - 1) // 16 for n in (334, 333, 333))
+    assert torch.equal(y, (x + 1) % 257), "the target of a token is the next one"
+    ends = np.cumsum([0, 334, 333, 333])
+    starts = [s for a, b in zip(ends, ends[1:]) for s in range(a, b - 16, 16)]
+    assert x[:, 0].tolist() == [s % 257 for s in starts], "sequences lie next to each other and within one shard"
+    two_epochs = data.in_order(0, 2 * len(data), seed=3)
+    assert sorted(two_epochs[: len(data)]) == sorted(two_epochs[len(data) :]) == list(range(len(data)))
+    assert list(data.in_order(10, 5, seed=3)) == list(two_epochs[10:15]), "the order depends on the position alone"
+
+
+def test_learning_rate_schedule():
+    settings, _ = train.settle(dict(scale="182m"), None)
+    at = [train.learning_rate(step, settings) for step in range(60_000)]
+    assert at[0] == pytest.approx(5e-4 / 600) and at[599] == pytest.approx(5e-4), "warm-up is 1% of the steps"
+    assert at[600] == pytest.approx(5e-4) and at[600 + 59_400 // 2] == pytest.approx((5e-4 + 5e-5) / 2)
+    assert at[-1] == pytest.approx(5e-5, rel=1e-3) and train.learning_rate(10**6, settings) == pytest.approx(5e-5)
+    assert at[600:] == sorted(at[600:], reverse=True)
+
+
+def test_pool_utilisation():
+    assert train.pool_utilisation(torch.full((4, 8), 1 / 8), 1) == (pytest.approx(1), 0)
+    specialists = torch.eye(4).repeat_interleave(2, dim=1) / 2  # each layer uses two experts of its own
+    assert train.pool_utilisation(specialists, 1) == (pytest.approx(1), 0), "the pool is what counts, not the layer"
+    assert train.pool_utilisation(specialists, 4) == (pytest.approx(2 / 8), 24), "as private pools it is two of eight"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+TINY_RUN = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_hidden=64", "--n_expert=8", "--block_size=32",
+            "--batch_size=8", "--eval_tokens=2048", "--device=cpu", "--decay_steps=20"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def text_data(tmp_path_factory):
+    """Some 400 kB of Python in bytes."""
+    folder = tmp_path_factory.mktemp("text")
+    files = [f for f in prepare_pile.standard_library_files() if Path(f).parent == Path(os.__file__).parent][:40]
+    prepare(files, folder / "data", "bytes", val_fraction=0.2, quiet=True)
+    return folder / "data"
+
+
+def run_train(text_data, out_dir, *flags):
+    train.main([f"--data_dir={text_data}", f"--out_dir={out_dir}", *TINY_RUN, *flags])
+    return torch.load(out_dir / "ckpt.pt", weights_only=True), read_metrics(out_dir)
+
+
+def read_metrics(out_dir):
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(a, b, **tolerance):
+    for name in a["model"]:
+        if tolerance:
+            torch.testing.assert_close(a["model"][name], b["model"][name], **tolerance)
+        else:
+            assert torch.equal(a["model"][name], b["model"][name]), f"{name} is not equal to the bit"
+
+
+@pytest.mark.parametrize("flags", [[], ["--router=sigmoid", "--balance=bias", "--micro_batch_size=4"]])
+def test_resume_is_bit_equal(text_data, tmp_path, flags):
+    straight, metrics = run_train(text_data, tmp_path / "straight", "--max_steps=8", *flags)
+    run_train(text_data, tmp_path / "resumed", "--max_steps=8", "--ckpt_interval=5", *flags)
+    # Go back to step 5, as a run killed at step 7 would stand there: an older checkpoint, lines up to 7, half a line.
+    run_train(text_data, tmp_path / "resumed", "--max_steps=5", *flags)
+    lines = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "resumed" / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    train.main(
+        [f"--data_dir={text_data}", f"--out_dir={tmp_path / 'resumed'}", "--device=cpu", "--resume", "--max_steps=8"]
+    )
+    resumed = torch.load(tmp_path / "resumed" / "ckpt.pt", weights_only=True)
+    assert_same_weights(straight, resumed)
+    assert resumed["step"] == 8 and resumed["position"] == 64
+    again = read_metrics(tmp_path / "resumed")
+    assert [m["step"] for m in again] == list(range(1, 9)), "no line doubled or missing"
+    assert [m["train_loss"] for m in again] == [m["train_loss"] for m in metrics]
+
+
+def test_checkpoint_and_metrics_hold_what_is_promised(text_data, tmp_path):
+    checkpoint, metrics = run_train(text_data, tmp_path, "--max_steps=4", "--eval_interval=2")
+    assert {"model", "config", "step"} <= checkpoint.keys() and checkpoint["step"] == 4
+    model = UniPool(UniPoolConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    assert asdict(model.config) == checkpoint["config"]
+    for m in metrics:
+        assert {"step", "train_loss", "balance_loss", "lr", "grad_norm", "tokens", "tokens_per_second"} <= m.keys()
+        assert m["tokens"] == m["step"] * 8 * 32 and m["train_loss"] > 0 and "mfu" not in m
+    assert [m["step"] for m in metrics if "val_loss" in m] == [2, 4]
+    # The last validation loss is the plain cross-entropy of the saved model, computed here over the same tokens.
+    tokens = np.fromfile(text_data / "val.bin", dtype="<u2").astype(np.int64)
+    picks = np.linspace(0, (len(tokens) - 1) // 32 - 1, 2048 // 32).astype(int)
+    rows = torch.from_numpy(np.stack([tokens[32 * i : 32 * i + 33] for i in picks]))
+    expected = F.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert metrics[-1]["val_loss"] == pytest.approx(expected, rel=1e-5), "validation must be pure cross-entropy"
+
+
+def test_a_step_is_the_gradient_of_loss_plus_alpha_times_balance(text_data, tmp_path):
+    """One step of train.py against AdamW's first step by hand: p - lr * g / (|g| + eps), after clipping and decay."""
+    flags = ["--max_steps=1", "--warmup=0", "--balance_coef=0.5", "--lr=1e-3", "--adam_eps=1e-3", "--weight_decay=0.1"]
+    checkpoint, metrics = run_train(text_data, tmp_path, *flags)
+    torch.manual_seed(1337)
+    model = UniPool(UniPoolConfig(**checkpoint["config"]))
+    meta = train.read_meta(text_data, 320)
+    data = train.TokenData(text_data, "train", meta, 32, 320)
+    out = model(*data.sequences(data.in_order(0, 8, 1337)))
+    (out.loss + 0.5 * out.balance_loss).backward()
+    norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters()))
+    assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics[0]["train_loss"] == pytest.approx(out.loss.item(), rel=1e-5), "the logged loss is without balance"
+    assert metrics[0]["balance_loss"] == pytest.approx(out.balance_loss.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        g = p.grad * min(1, 1 / norm)
+        decay = 0.1 if p.dim() > 1 else 0
+        expected = p * (1 - 1e-3 * decay) - 1e-3 * g / (g.abs() + 1e-3)
+        torch.testing.assert_close(
+            checkpoint["model"][name], expected, rtol=1e-4, atol=1e-6, msg=f"{name} moved wrongly"
+        )
+
+
+def test_micro_batches_add_up_to_the_batch(text_data, tmp_path):
+    """Without a balance loss, which is taken per micro-batch, accumulation changes nothing but rounding."""
+    flags = ["--max_steps=3", "--balance=none", "--adam_eps=1e-4"]
+    whole, metrics = run_train(text_data, tmp_path / "whole", *flags)
+    parts, parts_metrics = run_train(text_data, tmp_path / "parts", "--micro_batch_size=2", *flags)
+    assert_same_weights(whole, parts, rtol=1e-3, atol=1e-5)
+    for a, b in zip(metrics, parts_metrics):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+def command(*arguments, cwd=HERE, processes=None, **kwargs):
+    """Run a command of this repository as a user would, from `cwd`."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1" if processes else "2"}
+    script, *rest = map(str, arguments)
+    arguments = [*start, str(HERE / script), *rest]
+    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, timeout=200, **kwargs)
+
+
+@pytest.mark.parametrize("flags", [[], ["--router=sigmoid", "--balance=bias"]])
+def test_two_processes_equal_one(text_data, tmp_path, flags):
+    flags = [f"--data_dir={text_data}", *TINY_RUN, "--max_steps=4", "--micro_batch_size=2", "--adam_eps=1e-4", *flags]
+    result = command("train.py", *flags, f"--out_dir={tmp_path / 'two'}", processes=2)
+    assert result.returncode == 0, result.stderr.decode()
+    train.main([*flags, f"--out_dir={tmp_path / 'one'}"])
+    one, two = (torch.load(tmp_path / n / "ckpt.pt", weights_only=True) for n in ("one", "two"))
+    assert_same_weights(one, two, rtol=1e-3, atol=1e-5)
+    for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")):
+        for key in ("train_loss", "balance_loss", "grad_norm", "pool_utilisation"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), f"{key} must be that of all processes"
+        assert ("val_loss" in a) == ("val_loss" in b)
+        if "val_loss" in a:
+            assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+
+
+def test_it_learns_more_than_how_often_each_byte_occurs(text_data, tmp_path):
+    flags = ["--max_steps=120", "--decay_steps=120", "--lr=5e-3", "--batch_size=16", "--init_std=0.05"]
+    _, metrics = run_train(text_data, tmp_path, *flags)
+    counts = np.bincount(np.fromfile(text_data / "val.bin", dtype="<u2"), minlength=257)
+    p = counts[counts > 0] / counts.sum()
+    entropy = -(p * np.log(p)).sum()  # of the validation bytes themselves: no model of single bytes can do better
+    assert metrics[-1]["val_loss"] < entropy - 0.3, f"val loss {metrics[-1]['val_loss']:.3f}, unigrams {entropy:.3f}"
+
+
+def test_a_new_run_keeps_the_old_one(text_data, tmp_path):
+    old, _ = run_train(text_data, tmp_path, "--max_steps=1")
+    run_train(text_data, tmp_path, "--max_steps=2")
+    kept = torch.load(tmp_path / "ckpt.old.pt", weights_only=True)
+    assert kept["step"] == 1 and len((tmp_path / "metrics.old.jsonl").read_text().splitlines()) == 1
+    assert_same_weights(old, kept)
+
+
+def test_compiled_model_gives_the_same_losses(text_data, tmp_path):
+    _, plain = run_train(text_data, tmp_path / "plain", "--max_steps=2")
+    _, compiled = run_train(text_data, tmp_path / "compiled", "--max_steps=2", "--compile")
+    for a, b in zip(plain, compiled):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line on standard error that names the flag or file, status 2, and nothing written
+
+
+@pytest.fixture(scope="session")
+def trained(text_data, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("trained")
+    run_train(text_data, out_dir, "--max_steps=2")
+    return out_dir
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def fails(capsys, main, arguments, *named, touching=None):
+    """Run main(arguments) and check that it ends as bad input should; `named` must stand in its one line."""
+    before = contents(touching) if touching else None
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([str(a) for a in arguments]))
+    error = capsys.readouterr().err.strip()
+    error = re.sub(r".*\r", "", error)  # what a progress bar drew on that line before
+    assert stop.value.code == 2, f"exit status {stop.value.code}: {error}"
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "Traceback" not in error, f"more than one line: {error}"
+    for part in named:
+        assert str(part) in lines[0], f"the line should name {part}: {lines[0]}"
+    if touching:
+        assert contents(touching) == before, "bad input must not change any file"
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--scale=1b"], ["--scale", "1b", "182m"]),
+        (["--arch=mixtral"], ["--arch", "mixtral", "vanilla"]),
+        (["--router=best"], ["--router", "best", "softmax"]),
+        (["--balance=best"], ["--balance", "best", "layer"]),
+        (["--learning_rate=1"], ["--learning_rate=1", "--help"]),
+        (["--max_step=1"], ["--max_step=1"]),  # no guessing at shortened flags
+        (["--lr=fast"], ["--lr", "fast"]),
+        (["--lr=0"], ["--lr=0"]),
+        (["--max_steps=-1"], ["--max_steps=-1"]),
+        (["--top_k=33"], ["top_k=33", "32 experts"]),
+        (["--n_pool=3"], ["n_pool=3", "n_layer=4"]),
+        (["--n_pool=4", "--n_expert=30"], ["n_pool=4", "n_expert=30"]),
+        (["--n_head=3"], ["n_head=3", "n_embd=128"]),
+        (["--n_head=6", "--n_embd=126", "--n_kv_head=3"], ["n_head=6", "n_embd=126", "odd width 21"]),
+        (["--n_kv_head=3"], ["n_kv_head=3", "n_head=4"]),
+        (["--batch_size=8", "--micro_batch_size=3"], ["--batch_size=8", "--micro_batch_size=3"]),
+        (["--device=tpu"], ["--device=tpu"]),
+        (["--data_dir=nowhere"], ["--data_dir=nowhere", "prepare_pile.py"]),
+    ],
+)
+def test_bad_flags_of_train(flags, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, train.main, ["--device=cpu", *flags], *named, touching=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_batch_not_divisible_by_processes(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    fails(capsys, train.main, ["--batch_size=8"], "--batch_size=8", "3 processes", touching=tmp_path)
+
+
+def damage(name, folder):
+    """Do to a good data folder what the name says; return the file to blame."""
+    shard, val, meta = folder / "train_000.bin", folder / "val.bin", folder / "meta.json"
+    tokens = np.fromfile(shard, dtype="<u2")
+    values = json.loads(meta.read_text())
+    if name == "no shard":
+        shard.unlink()
+    elif name == "empty shard":
+        shard.write_bytes(b"")
+    elif name == "odd length":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif name == "cut short":
+        shard.write_bytes(shard.read_bytes()[:-200])
+    elif name == "token outside the vocabulary":
+        tokens[len(tokens) // 2] = 320
+        tokens.tofile(shard)
+    elif name == "too short for one sequence":
+        tokens[:20].tofile(shard)
+        meta.write_text(json.dumps(values | dict(train_tokens=20)))
+    elif name == "empty validation":
+        val.write_bytes(b"")
+        return val
+    elif name == "no validation":
+        val.unlink()
+        return val
+    else:
+        new = {
+            "meta missing": None,
+            "meta cut short": meta.read_text()[:20],
+            "meta not a dict": "[]",
+            "meta without a count": json.dumps({k: v for k, v in values.items() if k != "train_tokens"}),
+            "meta of gpt2": json.dumps(values | dict(tokenizer="gpt2", vocab_size=50257)),
+            "meta of gpt2 with another size": json.dumps(values | dict(tokenizer="gpt2")),
+            "meta of an unknown tokenizer": json.dumps(values | dict(tokenizer="llama")),
+        }[name]
+        meta.unlink()
+        if new is not None:
+            meta.write_text(new)
+        return meta
+    return shard
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no shard", "empty shard", "odd length", "cut short", "token outside the vocabulary", "too short for one sequence",
+     "empty validation", "no validation", "meta missing", "meta cut short", "meta not a dict", "meta without a count",
+     "meta of gpt2", "meta of gpt2 with another size", "meta of an unknown tokenizer"],
+)  # fmt: skip
+def test_bad_data(name, capsys, tmp_path):
+    folder = tokens_folder(tmp_path / "data")
+    blamed = damage(name, folder)
+    flags = [f"--data_dir={folder}", f"--out_dir={tmp_path / 'out'}", *TINY_RUN]
+    fails(capsys, train.main, flags, blamed, touching=tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_token_beyond_the_part_checked_at_start(capsys, tmp_path, monkeypatch):
+    folder = tokens_folder(tmp_path / "data")
+    blamed = damage("token outside the vocabulary", folder)
+    monkeypatch.setattr(train.TokenData, "CHECKED", 100)
+    flags = [f"--data_dir={folder}", f"--out_dir={tmp_path / 'out'}", *TINY_RUN, "--max_steps=9"]
+    fails(capsys, train.main, flags, blamed, "320")
+
+
+@pytest.mark.parametrize("main", [train.main, sample.main])
+@pytest.mark.parametrize(
+    "name", ["missing", "empty", "cut short", "code", "other content", "weights of another config"]
+)
+def test_bad_checkpoints(main, name, text_data, trained, capsys, tmp_path):
+    path, good = tmp_path / "ckpt.pt", (trained / "ckpt.pt").read_bytes()
+    ran = tmp_path / "ran"
+    if name == "empty":
+        path.write_bytes(b"")
+    elif name == "cut short":
+        path.write_bytes(good[: len(good) // 2])
+    elif name == "code":
+
+        class Code:
+            def __reduce__(self):
+                return (Path.touch, (ran,))
+
+        torch.save(dict(model={}, config={}, step=1, trap=Code()), path)
+    elif name == "other content":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif name == "weights of another config":
+        checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
+        checkpoint["config"]["n_hidden"] = 128
+        torch.save(checkpoint, path)
+    arguments = [f"--out_dir={tmp_path}", "--device=cpu"]
+    if main is train.main:
+        arguments += ["--resume", f"--data_dir={text_data}"]
+    fails(capsys, main, arguments, path, touching=tmp_path)
+    assert not ran.exists(), "loading a checkpoint ran code from it"
+
+
+@pytest.mark.parametrize("flag", ["--n_embd=64", "--scale=182m", "--arch=vanilla", "--router=softmax", "--seed=2"])
+def test_resume_with_another_config(flag, text_data, trained, capsys):
+    arguments = ["--resume", f"--out_dir={trained}", f"--data_dir={text_data}", flag, "--max_steps=4"]
+    fails(capsys, train.main, arguments, flag, "was trained with", touching=trained)
+
+
+def test_resume_with_data_of_another_tokenizer(trained, capsys, tmp_path):
+    folder = tokens_folder(tmp_path / "data")
+    checkpoint = torch.load(trained / "ckpt.pt", weights_only=True)
+    checkpoint["tokenizer"] = "gpt2"
+    (tmp_path / "out").mkdir()
+    torch.save(checkpoint, tmp_path / "out" / "ckpt.pt")
+    arguments = ["--resume", f"--out_dir={tmp_path / 'out'}", f"--data_dir={folder}", "--max_steps=4"]
+    fails(capsys, train.main, arguments, folder / "meta.json", "bytes", "gpt2", touching=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--prompt", ""], ["--prompt", "empty"]),
+        (["--prompt", "\udcff"], ["--prompt", "UTF-8"]),
+        (["--num_samples=0"], ["--num_samples=0"]),
+        (["--max_new_tokens=0"], ["--max_new_tokens=0"]),
+        (["--temperature=-1"], ["--temperature=-1"]),
+        (["--top_k=0"], ["--top_k=0"]),
+        (["--prompts=x"], ["--prompts=x"]),
+    ],
+)
+def test_bad_flags_of_sample(arguments, named, trained, capsys):
+    fails(capsys, sample.main, [f"--out_dir={trained}", "--device=cpu", *arguments], *named, touching=trained)
+
+
+@pytest.mark.parametrize(
+    "name, content, flags, named",
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "cut sh', [], ["a.jsonl line 2", "--skip_bad"]),
+        ("a.jsonl", b'{"text": "fine"}\n\n{"words": "none"}\n', [], ["a.jsonl line 2", "--skip_bad"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', [], ["a.jsonl line 1", "UTF-8"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 999)[:40], [], ["a.jsonl.gz", "damaged"]),
+        ("a.jsonl.zst", b"no zstandard", [], ["a.jsonl.zst", "damaged"]),
+        ("a.parquet", b"no parquet", [], ["a.parquet"]),
+        ("a.txt", b"caf\xe9", [], ["a.txt", "0xe9", "offset 3"]),
+        ("a.txt", b"", [], ["--source", "no document"]),
+        ("a.txt", b"one document", [], ["--val_fraction=0.05", "1"]),
+        ("a.txt", b"text", ["--val_fraction=1.5"], ["--val_fraction=1.5"]),
+        ("a.txt", b"text", ["--workers=0"], ["--workers=0"]),
+        ("a.txt", b"text", ["--tokenizer=llama"], ["--tokenizer", "llama", "gpt2"]),
+        ("a.txt", b"text", ["--source", "nothing/*"], ["--source nothing/*"]),
+        ("a.txt", b"text", ["--source", "pile", "stdlib"], ["--source pile stdlib"]),
+        ("a.txt", b"text", ["--out_dir=."], ["--out_dir=.", "exists"]),
+    ],
+)
+def test_bad_input_of_prepare_pile(name, content, flags, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    arguments = ["--source", name, "--out_dir=data", "--tokenizer=bytes", *flags]
+    fails(capsys, prepare_pile.main, arguments, *named, touching=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name], "nothing may be left behind"
+
+
+def test_no_vocabulary_offline(capsys, tmp_path, monkeypatch):
+    """As tiktoken reports it: an OSError of the requests library while it downloads."""
+
+    def offline(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(prepare_pile.tiktoken, "get_encoding", offline)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    fails(capsys, prepare_pile.main, ["--source", "a.txt"], "gpt2", "TIKTOKEN_CACHE_DIR", "--tokenizer bytes")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The commands themselves, and the README
+
+
+def test_commands_from_text_to_text(tmp_path):
+    """prepare_pile.py, train.py, train.py --resume and sample.py, run in an empty folder as a user runs them."""
+    write_jsonl(tmp_path / "mine.jsonl.zst")
+    result = command(
+        "prepare_pile.py", "--source", "mine.jsonl.zst", "--tokenizer=bytes", "--out_dir=data/mine", cwd=tmp_path
+    )
+    assert result.returncode == 0 and b"MB/s" in result.stderr or b"kB/s" in result.stderr, result.stderr.decode()
+    result = command("train.py", "--data_dir=data/mine", *TINY_RUN, "--max_steps=3", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"python sample.py" in result.stdout.splitlines()[-1] and b"tokens/s" in result.stderr
+    result = command("train.py", "--resume", "--data_dir=data/mine", "--max_steps=4", cwd=tmp_path)
+    assert result.returncode == 0 and b"step 4" in result.stdout, result.stderr.decode()
+    texts = []
+    for prompt in (["--prompt=Document é"], ["--prompt=-"]):
+        flags = ["--num_samples=2", "--max_new_tokens=40", "--seed=3", *prompt]
+        result = command("sample.py", *flags, cwd=tmp_path, input="Document é".encode())
+        assert result.returncode == 0, result.stderr.decode()
+        texts.append(result.stdout.decode())
+    assert texts[0] == texts[1], "the same prompt, by flag or standard input, and seed give the same text"
+    assert texts[0].count("-" * 80 + "\nDocument é") == 2
+    result = command("sample.py", "--max_new_tokens=5", cwd=tmp_path, input=b"")
+    assert result.returncode == 0, "without a prompt it begins at the start of a document"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train.py", "--scale=1b"], ["train.py", "--top_k=99"], ["sample.py"], ["prepare_pile.py", "--source", "nothing"]],
+)
+def test_bad_input_as_a_command(arguments, tmp_path):
+    result = command(*arguments, cwd=tmp_path)
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith(f"{arguments[0]}: error: ".encode()) and result.stderr.count(b"\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_pile.py"])
+def test_help(script):
+    result = command(script, "--help")
+    assert result.returncode == 0 and b"--out_dir" in result.stdout and not result.stderr
+
+
+def test_readme_points_at_the_lines_it_names():
+    """Every `unipool.py#L123` of the README stands beside a `code` that is on that line of that file."""
+    readme = (HERE / "README.md").read_text()
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", readme)
+    assert len(links) >= 12, "the map from equations to lines is missing"
+    for code, file, number in links:
+        line = (HERE / file).read_text().splitlines()[int(number) - 1]
+        assert code in line, f"README: {file} line {number} is `{line.strip()}`, not `{code}`"
+
+
+def test_readme_flags_exist():
+    """Every train.py command in the README parses, and its model can be built."""
+    readme = (HERE / "README.md").read_text()
+    commands = re.findall(r"train\.py((?: +--[\w-]+(?:=\S+)?)+)", readme)
+    assert len(commands) > 8
+    for flags in commands:
+        given = train.parse_flags(flags.strip("`").split())
+        if not given.pop("resume", False):
+            train.settle(given, None)
