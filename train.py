@@ -60,14 +60,16 @@ class Settings:
     adam_eps: float = flag(1e-8, "of AdamW")
     grad_clip: float = flag(1.0, "largest norm of the gradient")
     eval_interval: int = flag(1000, "steps between validations")
-    eval_tokens: int = flag(2**22, "tokens of the validation split used, spread evenly over it")
+    eval_tokens: int | None = flag(
+        None, "validation tokens used, spread evenly over the split (as many as 8 steps take)"
+    )
     ckpt_interval: int = flag(1000, "steps between checkpoints")
     log_interval: int = flag(10, "steps between lines of metrics.jsonl")
     compile: bool | None = flag(None, "use torch.compile (on for CUDA)")
     resume: bool = flag(False, "go on from --out_dir/ckpt.pt; flags not given keep the checkpoint's values")
 
 
-TINY = dict(max_steps=800, warmup=0.05, batch_size=16, lr=2e-3, eval_interval=200, eval_tokens=2**16, ckpt_interval=200,
+TINY = dict(max_steps=600, warmup=0.05, batch_size=16, lr=2e-3, eval_interval=150, eval_tokens=2**16, ckpt_interval=150,
             log_interval=1)  # fmt: skip
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=BALANCES)
 LARGEST_MICRO_BATCH = 16
@@ -76,17 +78,21 @@ LARGEST_MICRO_BATCH = 16
 def parse_flags(argv):
     """The flags that were given, as a dict; flags left out are not in it."""
     parser = Parser(__doc__, argument_default=argparse.SUPPRESS)
-    own = parser.add_argument_group("training (the defaults are the paper's; tiny has its own)")
-    model = parser.add_argument_group("model (the defaults are those of --scale and --arch)")
+    own = parser.add_argument_group("training (in brackets the paper's values; --scale=tiny has its own)")
+    model = parser.add_argument_group(
+        "model: UniPoolConfig in unipool.py explains it (182m's values; --scale and --arch set them)"
+    )
     for group, cls in ((own, Settings), (model, UniPoolConfig)):
         for f in fields(cls):
             kind = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))  # int of `int | None`
-            options = dict(help=f.metadata.get("help"))
             if kind is bool:
-                options["action"] = argparse.BooleanOptionalAction if f.default is None else "store_true"
+                options = dict(action=argparse.BooleanOptionalAction if f.default is None else "store_true")
             else:
-                options |= dict(type=kind, choices=CHOICES.get(f.name))
-            group.add_argument(f"--{f.name}", **options)
+                options = dict(
+                    type=kind, choices=CHOICES.get(f.name), metavar=kind.__name__ if f.name not in CHOICES else None
+                )
+            default = "" if f.default in (None, False) else f" ({f.default})"
+            group.add_argument(f"--{f.name}", help=f.metadata.get("help", "") + default, **options)
     return vars(parser.parse_args(argv))
 
 
@@ -114,6 +120,8 @@ def settle(given, saved):
         raise BadInput(str(error)) from None
     if settings.decay_steps is None:
         settings.decay_steps = recipe.get("max_steps", Settings.max_steps)
+    if settings.eval_tokens is None:
+        settings.eval_tokens = 8 * settings.batch_size * config.block_size
     for name in ("max_steps", "decay_steps", "batch_size", "micro_batch_size", "lr", "grad_clip", "eval_interval",
                  "eval_tokens", "ckpt_interval", "log_interval"):  # fmt: skip
         if (value := getattr(settings, name)) is not None and not value > 0:
