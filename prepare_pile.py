@@ -11,7 +11,8 @@ What it writes into --out_dir, which appears whole, at the end, or not at all:
     meta.json                           tokenizer, vocab_size, counts of tokens and documents, source
 
 A document goes to validation if the hash of its text falls below --val_fraction, so the split depends neither on the
-order of the documents nor on the number of workers; equal documents always fall on the same side.
+order of the documents nor on the number of workers; equal documents always fall on the same side. TokenData reads such
+a folder back, as sequences for training.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -42,6 +44,7 @@ SOURCES = {
     "stdlib": dict(out_dir="data/stdlib", tokenizer="bytes", val_fraction=0.05, max_tokens=None),
     "files": dict(out_dir="data/files", tokenizer="gpt2", val_fraction=0.05, max_tokens=None),
 }
+VOCAB_SIZES = dict(gpt2=50257, bytes=257)  # with <|endoftext|>
 BATCH_CHARS = 2**20  # text handed to a worker at a time
 TEXT_PIECE = 2**20  # a plain text file is cut at line ends into documents of about so many bytes: memory stays flat
 
@@ -91,7 +94,7 @@ def get_tokenizer(name):
             mergeable_ranks={bytes([byte]): byte for byte in range(256)},
             special_tokens={"<|endoftext|>": 256},
         )
-    if name != "gpt2":
+    if name not in VOCAB_SIZES:
         raise BadInput(f"tokenizer {name!r} is unknown: choose gpt2 or bytes")
     try:
         return tiktoken.get_encoding("gpt2")
@@ -415,13 +418,143 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     return meta
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading the tokens back, for training
+
+
+def read_meta(data_dir, vocab_size):
+    """meta.json of a data folder, checked against the model's vocabulary. Raises BadInput."""
+    path = Path(data_dir) / "meta.json"
+    if not Path(data_dir).is_dir():
+        raise BadInput(f"--data_dir={data_dir} is not there: make it by `python prepare_pile.py --out_dir {data_dir}`")
+    try:
+        meta = json.loads(path.read_text())
+        counts = [meta[name] for name in ("vocab_size", "train_tokens", "val_tokens")]
+        tokenizer = meta["tokenizer"]
+        if not all(isinstance(count, int) for count in counts) or not isinstance(tokenizer, str):
+            raise TypeError("a value of the wrong type")
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}): make the folder again") from None
+    if tokenizer not in VOCAB_SIZES:
+        raise BadInput(f"{path}: tokenizer {tokenizer!r} is unknown: prepare the data again by gpt2 or bytes")
+    if counts[0] != VOCAB_SIZES[tokenizer]:
+        raise BadInput(
+            f"{path}: vocab_size={counts[0]}, but {tokenizer} has {VOCAB_SIZES[tokenizer]}: prepare it again"
+        )
+    if counts[0] > vocab_size:
+        raise BadInput(
+            f"{path}: tokenizer {tokenizer} has {counts[0]} tokens, the model only --vocab_size={vocab_size}: "
+            f"give --vocab_size={math.ceil(counts[0] / 64) * 64}, or data of another tokenizer"
+        )
+    return meta
+
+
+def permute(i, n, seed, epoch):
+    """Where the positions i (int64 array, each below n) land in a pseudo-random permutation of range(n).
+
+    A Feistel network mixes the two halves of a number's bits: a bijection of 2^bits numbers, whatever the mixing.
+    Numbers that leave range(n) go through it again until they are back. An order over billions needs no memory so.
+    """
+    half = ((n - 1).bit_length() + 1) // 2
+    mask = np.uint64(2**half - 1)
+    keys = np.random.default_rng([seed, epoch]).integers(2**63, size=4, dtype=np.uint64)
+    i = i.astype(np.uint64)
+    outside = np.ones(len(i), dtype=bool)
+    while outside.any():
+        left, right = i[outside] >> np.uint64(half), i[outside] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's bits; overflow is welcome
+            left, right = right, left ^ ((mixed ^ mixed >> np.uint64(32)) & mask)
+        i[outside] = (left << np.uint64(half)) | right
+        outside = i >= n
+    return i.astype(np.int64)
+
+
+class TokenData:
+    """One split of a folder made by prepare_pile.py, as sequences of block_size + 1 tokens in memory-mapped shards.
+
+    Raises BadInput that names the file for missing, empty, odd-sized or incomplete shards and for token ids outside the
+    vocabulary: at once for the first CHECKED tokens of the split, for the others when they are read.
+    """
+
+    CHECKED = 2**24
+
+    def __init__(self, data_dir, split, meta, block_size, vocab_size):
+        folder = Path(data_dir)
+        self.block_size, self.vocab_size = block_size, vocab_size
+        self.paths = sorted(folder.glob("train_*.bin")) if split == "train" else [folder / "val.bin"]
+        if not self.paths or not self.paths[0].exists():
+            missing = folder / ("train_000.bin" if split == "train" else "val.bin")
+            raise BadInput(f"{missing} is missing: make the folder again by prepare_pile.py")
+        for path in self.paths:
+            size = path.stat().st_size
+            if size == 0:
+                raise BadInput(f"{path} is empty: make the folder again by prepare_pile.py")
+            if size % 2:
+                raise BadInput(
+                    f"{path} has {size} bytes, no whole number of uint16 tokens: it is damaged, copy it again"
+                )
+        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.paths]
+        checked = 0
+        for path, shard in zip(self.paths, self.shards):
+            self.check(shard[: self.CHECKED - checked], path)
+            checked += len(shard[: self.CHECKED - checked])
+        n_tokens = sum(len(shard) for shard in self.shards)
+        if n_tokens != meta[f"{split}_tokens"]:
+            raise BadInput(
+                f"{self.paths[0]}: the {split} split holds {n_tokens} tokens where meta.json counts "
+                f"{meta[f'{split}_tokens']}: a shard is missing, cut short or left over, copy the folder again"
+            )
+        # Sequence s of a shard is its tokens s * block_size ... (s + 1) * block_size: the last one is only a target.
+        self.first_sequence = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
+        if len(self) == 0:
+            raise BadInput(
+                f"{self.paths[0]}: {n_tokens} tokens are not one sequence of --block_size={block_size} and its target: "
+                "lower --block_size or prepare more text"
+            )
+
+    def __len__(self):
+        return int(self.first_sequence[-1])
+
+    def check(self, tokens, path):
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise BadInput(
+                f"{path} holds token id {tokens.max()}, but --vocab_size={self.vocab_size}: it is damaged, or made by "
+                "another tokenizer; give its own --vocab_size or prepare it again"
+            )
+
+    def sequences(self, indices):
+        """The sequences numbered `indices`, each with the token after it: (len(indices), block_size + 1) int64 array."""
+        rows = []
+        for index in indices:
+            shard = np.searchsorted(self.first_sequence, index, side="right") - 1
+            start = (index - self.first_sequence[shard]) * self.block_size
+            row = self.shards[shard][start : start + self.block_size + 1]
+            self.check(row, self.paths[shard])
+            rows.append(row)
+        return np.stack(rows).astype(np.int64)
+
+    def in_order(self, first, count, seed):
+        """The numbers of `count` training sequences from position `first` on: a new order for each epoch."""
+        positions = np.arange(first, first + count)
+        epochs = positions // len(self)
+        parts = [permute(positions[epochs == e] % len(self), len(self), seed, int(e)) for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--source", nargs="+", default=["pile"], metavar="S",
                         help='pile, stdlib, or files, folders and quoted glob patterns: .jsonl, .jsonl.zst, .jsonl.gz, '
                              '.parquet (with a "text" column), or plain text')  # fmt: skip
     parser.add_argument("--out_dir", help="folder to make (data/pile, data/stdlib or data/files)")
-    parser.add_argument("--tokenizer", choices=["gpt2", "bytes"], help="(gpt2; bytes for stdlib)")
+    parser.add_argument("--tokenizer", choices=list(VOCAB_SIZES), help="(gpt2; bytes for stdlib)")
     parser.add_argument("--val_fraction", type=float, help="share of documents held out (0.05; 0.001 for the Pile)")
     parser.add_argument("--max_tokens", type=int, help=f"training tokens to stop at ({PAPER_TOKENS} for the Pile)")
     parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in a training shard (%(default)s)")

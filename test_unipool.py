@@ -804,11 +804,13 @@ def test_standard_library_source():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 64, 1000, 4097])
 def test_order_is_a_permutation(n):
-    first, second = (train.permute(np.arange(n), n, seed=1, epoch=e) for e in (0, 1))
+    first, second = (prepare_pile.permute(np.arange(n), n, seed=1, epoch=e) for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(n)), "each sequence once an epoch"
     if n > 60:
         assert (first != second).mean() > 0.9, "another epoch needs another order"
-        assert (first != train.permute(np.arange(n), n, seed=2, epoch=0)).mean() > 0.9, "another seed, another order"
+        assert (first != prepare_pile.permute(np.arange(n), n, seed=2, epoch=0)).mean() > 0.9, (
+            "another seed, another order"
+        )
         # Like a random permutation's, the correlation between neighbours is about 0, with a deviation of 1/sqrt(n).
         assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 5 / math.sqrt(n)
         assert abs(np.corrcoef(np.arange(n), first)[0, 1]) < 5 / math.sqrt(n)
@@ -816,7 +818,7 @@ def test_order_is_a_permutation(n):
 
 def test_order_over_billions_takes_no_memory():
     positions = np.arange(5 * 10**9, 5 * 10**9 + 512)
-    order = train.permute(positions, 10**10, seed=1, epoch=3)
+    order = prepare_pile.permute(positions, 10**10, seed=1, epoch=3)
     assert len(set(order)) == 512 and 0 <= order.min() and order.max() < 10**10
 
 
@@ -834,8 +836,8 @@ def tokens_folder(path, n_train=1000, n_val=200, vocab_size=257, shards=1):
 
 def test_sequences_cover_the_shards_once(tmp_path):
     folder = tokens_folder(tmp_path / "data", shards=3)
-    data = train.TokenData(folder, "train", train.read_meta(folder, 257), block_size=16, vocab_size=257)
-    x, y = data.sequences(range(len(data)))
+    data = prepare_pile.TokenData(folder, "train", prepare_pile.read_meta(folder, 257), block_size=16, vocab_size=257)
+    x, y = train.read_batch(data, range(len(data)), torch.device("cpu"))
     assert len(data) == sum((n - 1) // 16 for n in (334, 333, 333))
     assert torch.equal(y, (x + 1) % 257), "the target of a token is the next one"
     ends = np.cumsum([0, 334, 333, 333])
@@ -939,9 +941,9 @@ def test_a_step_is_the_gradient_of_loss_plus_alpha_times_balance(text_data, tmp_
     checkpoint, metrics = run_train(text_data, tmp_path, *flags)
     torch.manual_seed(1337)
     model = UniPool(UniPoolConfig(**checkpoint["config"]))
-    meta = train.read_meta(text_data, 320)
-    data = train.TokenData(text_data, "train", meta, 32, 320)
-    out = model(*data.sequences(data.in_order(0, 8, 1337)))
+    meta = prepare_pile.read_meta(text_data, 320)
+    data = prepare_pile.TokenData(text_data, "train", meta, 32, 320)
+    out = model(*train.read_batch(data, data.in_order(0, 8, 1337), torch.device("cpu")))
     (out.loss + 0.5 * out.balance_loss).backward()
     norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters()))
     assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -1143,7 +1145,7 @@ def test_bad_data(name, capsys, tmp_path):
 def test_bad_token_beyond_the_part_checked_at_start(capsys, tmp_path, monkeypatch):
     folder = tokens_folder(tmp_path / "data")
     blamed = damage("token outside the vocabulary", folder)
-    monkeypatch.setattr(train.TokenData, "CHECKED", 100)
+    monkeypatch.setattr(prepare_pile.TokenData, "CHECKED", 100)
     flags = [f"--data_dir={folder}", f"--out_dir={tmp_path / 'out'}", *TINY_RUN, "--max_steps=9"]
     fails(capsys, train.main, flags, blamed, "320")
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from prepare_pile import SOURCES, BadInput, Parser, prepare, run_command
+from prepare_pile import SOURCES, BadInput, Parser, TokenData, prepare, read_meta, run_command
 from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,13 +84,12 @@ def parse_flags(argv):
     )
     for group, cls in ((own, Settings), (model, UniPoolConfig)):
         for f in fields(cls):
-            kind = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))  # int of `int | None`
+            kind = (typing.get_args(f.type) or (f.type,))[0]  # int, also of `int | None`
             if kind is bool:
                 options = dict(action=argparse.BooleanOptionalAction if f.default is None else "store_true")
             else:
-                options = dict(
-                    type=kind, choices=CHOICES.get(f.name), metavar=kind.__name__ if f.name not in CHOICES else None
-                )
+                options = dict(type=kind, choices=CHOICES.get(f.name))
+                options["metavar"] = None if f.name in CHOICES else kind.__name__
             default = "" if f.default in (None, False) else f" ({f.default})"
             group.add_argument(f"--{f.name}", help=f.metadata.get("help", "") + default, **options)
     return vars(parser.parse_args(argv))
@@ -116,7 +115,7 @@ def settle(given, saved):
                     )
             settings = Settings(**(saved["settings"] | own_flags))
             config = UniPoolConfig(**saved["config"])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise BadInput(str(error)) from None
     if settings.decay_steps is None:
         settings.decay_steps = recipe.get("max_steps", Settings.max_steps)
@@ -143,143 +142,6 @@ def find_device(name):
     return device
 
 
-def learning_rate(step, settings):
-    """Linear warm-up, then a cosine from lr to min_lr * lr at decay_steps. `step` counts from 0."""
-    warmup_steps = max(1, round(settings.warmup * settings.decay_steps))
-    if step < warmup_steps:
-        return settings.lr * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, settings.decay_steps - warmup_steps))
-    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def permute(i, n, seed, epoch):
-    """Where the positions i (int64 array, each below n) land in a pseudo-random permutation of range(n).
-
-    A Feistel network mixes the two halves of a number's bits: a bijection of 2^bits numbers, whatever the mixing.
-    Numbers that leave range(n) go through it again until they are back. An order over billions needs no memory so.
-    """
-    half = ((n - 1).bit_length() + 1) // 2
-    mask = np.uint64(2**half - 1)
-    keys = np.random.default_rng([seed, epoch]).integers(2**63, size=4, dtype=np.uint64)
-    i = i.astype(np.uint64)
-    outside = np.ones(len(i), dtype=bool)
-    while outside.any():
-        left, right = i[outside] >> np.uint64(half), i[outside] & mask
-        for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's bits; overflow is welcome
-            left, right = right, left ^ ((mixed ^ mixed >> np.uint64(32)) & mask)
-        i[outside] = (left << np.uint64(half)) | right
-        outside = i >= n
-    return i.astype(np.int64)
-
-
-class TokenData:
-    """One split of a folder made by prepare_pile.py, as sequences of block_size + 1 tokens in memory-mapped shards.
-
-    Raises BadInput that names the file for missing, empty, odd-sized or incomplete shards and for token ids outside the
-    vocabulary: at once for the first CHECKED tokens of the split, for the others when they are read.
-    """
-
-    CHECKED = 2**24
-
-    def __init__(self, data_dir, split, meta, block_size, vocab_size):
-        folder = Path(data_dir)
-        self.block_size, self.vocab_size = block_size, vocab_size
-        self.paths = sorted(folder.glob("train_*.bin")) if split == "train" else [folder / "val.bin"]
-        if not self.paths or not self.paths[0].exists():
-            missing = folder / ("train_000.bin" if split == "train" else "val.bin")
-            raise BadInput(f"{missing} is missing: make the folder again by prepare_pile.py")
-        for path in self.paths:
-            size = path.stat().st_size
-            if size == 0:
-                raise BadInput(f"{path} is empty: make the folder again by prepare_pile.py")
-            if size % 2:
-                raise BadInput(
-                    f"{path} has {size} bytes, no whole number of uint16 tokens: it is damaged, copy it again"
-                )
-        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.paths]
-        checked = 0
-        for path, shard in zip(self.paths, self.shards):
-            self.check(shard[: self.CHECKED - checked], path)
-            checked += len(shard[: self.CHECKED - checked])
-        n_tokens = sum(len(shard) for shard in self.shards)
-        if n_tokens != meta[f"{split}_tokens"]:
-            raise BadInput(
-                f"{self.paths[0]}: the {split} split holds {n_tokens} tokens where meta.json counts "
-                f"{meta[f'{split}_tokens']}: a shard is missing, cut short or left over, copy the folder again"
-            )
-        # Sequence s of a shard is its tokens s * block_size ... (s + 1) * block_size: the last one is only a target.
-        self.first_sequence = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
-        if len(self) == 0:
-            raise BadInput(
-                f"{self.paths[0]}: {n_tokens} tokens are not one sequence of --block_size={block_size} and its target: "
-                "lower --block_size or prepare more text"
-            )
-
-    def __len__(self):
-        return int(self.first_sequence[-1])
-
-    def check(self, tokens, path):
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            raise BadInput(
-                f"{path} holds token id {tokens.max()}, but --vocab_size={self.vocab_size}: it is damaged, or made by "
-                "another tokenizer; give its own --vocab_size or prepare it again"
-            )
-
-    def sequences(self, indices):
-        """Input and target of the sequences numbered `indices`: two (len(indices), block_size) int64 tensors."""
-        rows = []
-        for index in indices:
-            shard = np.searchsorted(self.first_sequence, index, side="right") - 1
-            start = (index - self.first_sequence[shard]) * self.block_size
-            row = self.shards[shard][start : start + self.block_size + 1]
-            self.check(row, self.paths[shard])
-            rows.append(row)
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-        return tokens[:, :-1], tokens[:, 1:]
-
-    def in_order(self, first, count, seed):
-        """The numbers of `count` training sequences from position `first` on: a new order for each epoch."""
-        positions = np.arange(first, first + count)
-        epochs = positions // len(self)
-        parts = [permute(positions[epochs == e] % len(self), len(self), seed, int(e)) for e in np.unique(epochs)]
-        return np.concatenate(parts)
-
-
-def read_meta(data_dir, vocab_size):
-    """meta.json of a data folder, checked against the model's vocabulary. Raises BadInput."""
-    path = Path(data_dir) / "meta.json"
-    if not Path(data_dir).is_dir():
-        raise BadInput(f"--data_dir={data_dir} is not there: make it by `python prepare_pile.py --out_dir {data_dir}`")
-    try:
-        meta = json.loads(path.read_text())
-        counts = [meta[name] for name in ("vocab_size", "train_tokens", "val_tokens")]
-        tokenizer = meta["tokenizer"]
-        if not all(isinstance(count, int) for count in counts) or not isinstance(tokenizer, str):
-            raise TypeError("a value of the wrong type")
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}): make the folder again") from None
-    known = dict(gpt2=50257, bytes=257)  # known without loading the vocabulary, which training does not need
-    if tokenizer not in known:
-        raise BadInput(f"{path}: tokenizer {tokenizer!r} is unknown (gpt2 and bytes are known): prepare the data again")
-    if counts[0] != known[tokenizer]:
-        raise BadInput(
-            f"{path}: vocab_size={counts[0]}, but {tokenizer} has {known[tokenizer]} tokens: prepare it again"
-        )
-    if counts[0] > vocab_size:
-        raise BadInput(
-            f"{path}: tokenizer {tokenizer} has {counts[0]} tokens, the model only --vocab_size={vocab_size}: "
-            f"give --vocab_size={math.ceil(counts[0] / 64) * 64}, or data of another tokenizer"
-        )
-    return meta
-
-
 def find_data(settings, device, is_main):
     """The data folder: the one given, else the Pile's, or the standard library's for tiny and for trials on a CPU."""
     pile, stdlib = SOURCES["pile"]["out_dir"], SOURCES["stdlib"]["out_dir"]
@@ -297,6 +159,24 @@ def find_data(settings, device, is_main):
     if dist.is_initialized():
         dist.barrier()
     return data_dir
+
+
+def read_batch(data, indices, device):
+    """Inputs and targets of the sequences numbered `indices`: two (len(indices), block_size) int64 tensors on device."""
+    tokens = torch.from_numpy(data.sequences(indices))
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def learning_rate(step, settings):
+    """Linear warm-up, then a cosine from lr to min_lr * lr at decay_steps. `step` counts from 0."""
+    warmup_steps = max(1, round(settings.warmup * settings.decay_steps))
+    if step < warmup_steps:
+        return settings.lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, settings.decay_steps - warmup_steps))
+    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,7 +252,7 @@ def pool_utilisation(usage, n_pool):
 
     The share is exp(entropy of f_bar) / M, averaged over the pools: 1 if all get equally much, 1/M if one gets all.
     """
-    f_bar = usage.double().unflatten(0, (n_pool, -1)).mean(dim=1)  # (G, M)
+    f_bar = usage.cpu().double().unflatten(0, (n_pool, -1)).mean(dim=1)  # (G, M)
     entropy = torch.special.entr(f_bar).sum(dim=1)  # (G,)
     return (entropy.exp() / f_bar.size(1)).mean().item(), int((f_bar == 0).sum())
 
@@ -383,12 +263,12 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
     model.eval()
     count = max(1, min(len(data), eval_tokens // data.block_size))
     indices = np.linspace(0, len(data) - 1, count).astype(np.int64)[rank::world_size]
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of sequences
+    total = torch.zeros(2, device=device)  # sum of losses, number of sequences
     for i in range(0, len(indices), micro_batch_size):
-        x, y = data.sequences(indices[i : i + micro_batch_size])
+        x, y = read_batch(data, indices[i : i + micro_batch_size], device)
         with autocast():
-            loss = model(x.to(device), y.to(device)).loss
-        total += torch.tensor([loss.double() * len(x), len(x)], dtype=torch.float64, device=device)
+            total[0] += model(x, y).loss * len(x)
+        total[1] += len(x)
     if world_size > 1:
         dist.all_reduce(total)
     model.train()
@@ -427,10 +307,13 @@ def run(argv):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
 
     # ---- Data
-    data_dir = find_data(settings, device, is_main)
+    data_dir = settings.data_dir = str(find_data(settings, device, is_main))
     meta = read_meta(data_dir, config.vocab_size)
     if saved is not None and saved["tokenizer"] != meta["tokenizer"]:
         raise BadInput(
@@ -505,10 +388,7 @@ def run(argv):
         losses = torch.zeros(2, device=device)  # cross-entropy and balance loss, averaged over the micro-batches
         usage = 0.0  # (L, M), likewise
         for i in range(accumulation):
-            x, y = train_data.sequences(indices[i * micro_batch_size :][:micro_batch_size])
-            if device.type == "cuda":
-                x, y = x.pin_memory(), y.pin_memory()
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            x, y = read_batch(train_data, indices[i * micro_batch_size :][:micro_batch_size], device)
             last = i == accumulation - 1
             with contextlib.nullcontext() if world_size == 1 or last else runner.no_sync():
                 with autocast():

@@ -506,7 +506,7 @@ class UniPool(nn.Module):
 
         usage: (L, M), the f of each layer over the whole batch. Each router looks at its own layer's load.
         """
-        for block, f in zip(self.blocks, usage):
+        for block, f in zip(self.blocks if self.pools else [], usage):
             block.router.bias += self.config.bias_rate * torch.sign(f.mean() - f)
 
     def num_params(self, active=False):
