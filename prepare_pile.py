@@ -526,7 +526,7 @@ class TokenData:
             )
 
     def sequences(self, indices):
-        """The sequences numbered `indices`, each with the token after it: (len(indices), block_size + 1) int64 array."""
+        """The sequences numbered `indices`, each with its next token: a (len(indices), block_size + 1) int64 array."""
         rows = []
         for index in indices:
             shard = np.searchsorted(self.first_sequence, index, side="right") - 1

@@ -162,7 +162,7 @@ def find_data(settings, device, is_main):
 
 
 def read_batch(data, indices, device):
-    """Inputs and targets of the sequences numbered `indices`: two (len(indices), block_size) int64 tensors on device."""
+    """Inputs and targets of the sequences numbered `indices`: two (len(indices), block_size) int64 tensors."""
     tokens = torch.from_numpy(data.sequences(indices))
     if device.type == "cuda":
         tokens = tokens.pin_memory()
