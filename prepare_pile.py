@@ -353,8 +353,12 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise BadInput(f"--out_dir={out_dir} exists already: delete it, or give another")
 
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f"{out_dir.name}.tmp-", dir=out_dir.parent)
+    new_parent = not out_dir.parent.exists()
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=f"{out_dir.name}.tmp-", dir=out_dir.parent)
+    except OSError as error:
+        raise BadInput(f"--out_dir={out_dir} cannot be made ({error.strerror}): give another") from None
     try:
         train, val = ShardWriter(temporary, "train", shard_tokens), ShardWriter(temporary, "val")
         with (
@@ -410,6 +414,8 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if new_parent and not any(out_dir.parent.iterdir()):
+            out_dir.parent.rmdir()
     if not quiet:
         print(
             f"{out_dir}: {train.tokens:,} training and {val.tokens:,} validation tokens "

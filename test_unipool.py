@@ -796,6 +796,18 @@ def test_skip_bad_counts_what_it_leaves_out(tmp_path):
     assert meta["skipped_documents"] == 6 and meta["train_documents"] + meta["val_documents"] == 61
 
 
+def test_hub_source(tmp_path, monkeypatch):
+    """The Pile is streamed from the hub; what `datasets` is asked for and what becomes of its rows."""
+    import datasets
+
+    asked = []
+    rows = [{"text": document, "meta": {}} for document in DOCUMENTS]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or iter(rows))
+    meta = prepare(["pile"], tmp_path / "data", "bytes", val_fraction=0.2, quiet=True)
+    assert asked == [(("monology/pile-uncopyrighted",), dict(split="train", streaming=True))]
+    assert meta["source"] == "monology/pile-uncopyrighted" and meta["train_documents"] + meta["val_documents"] == 60
+
+
 def test_standard_library_source():
     paths = prepare_pile.standard_library_files()
     assert any(p.endswith("argparse.py") for p in paths) and len(paths) > 200
@@ -1080,6 +1092,12 @@ def test_bad_flags_of_train(flags, named, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_out_dir_that_is_a_file(text_data, capsys, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    flags = [f"--data_dir={text_data}", f"--out_dir={tmp_path / 'out'}", *TINY_RUN]
+    fails(capsys, train.main, flags, "--out_dir", "cannot be made", touching=tmp_path)
+
+
 def test_batch_not_divisible_by_processes(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -1231,6 +1249,7 @@ def test_bad_flags_of_sample(arguments, named, trained, capsys):
         ("a.txt", b"text", ["--source", "nothing/*"], ["--source nothing/*"]),
         ("a.txt", b"text", ["--source", "pile", "stdlib"], ["--source pile stdlib"]),
         ("a.txt", b"text", ["--out_dir=."], ["--out_dir=.", "exists"]),
+        ("a.txt", b"text", ["--out_dir=a.txt/data"], ["--out_dir=a.txt/data", "cannot be made"]),
     ],
 )
 def test_bad_input_of_prepare_pile(name, content, flags, named, capsys, tmp_path, monkeypatch):
@@ -1239,6 +1258,18 @@ def test_bad_input_of_prepare_pile(name, content, flags, named, capsys, tmp_path
     arguments = ["--source", name, "--out_dir=data", "--tokenizer=bytes", *flags]
     fails(capsys, prepare_pile.main, arguments, *named, touching=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [name], "nothing may be left behind"
+
+
+def test_no_hub_offline(capsys, tmp_path, monkeypatch):
+    import datasets
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, prepare_pile.main, ["--tokenizer=bytes"], "monology/pile-uncopyrighted", "hub", "--source")
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
 
 
 def test_no_vocabulary_offline(capsys, tmp_path, monkeypatch):

@@ -352,7 +352,10 @@ def run(argv):
     # ---- Logs
     metrics_path = ckpt_path.with_name("metrics.jsonl")
     if is_main:
-        ckpt_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            ckpt_path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out_dir={settings.out_dir} cannot be made ({error.strerror}): give another") from None
         if given.get("resume"):
             trim_metrics(metrics_path, step)
         else:  # an earlier run in this folder is kept under another name
