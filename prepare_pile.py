@@ -68,13 +68,13 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the flags)")
 
 
-def run_command(main):
-    """Run main(); bad input ends in one line on standard error and exit status 2, Ctrl-C in status 130."""
+def run_command(main, silent=lambda: False):
+    """Run main(); bad input ends in one line on standard error (unless silent()) and status 2, Ctrl-C in status 130."""
     try:
         main()
     except BadInput as error:
         message = " ".join(str(error).split())  # one line, whatever a library put into it
-        if os.environ.get("RANK", "0") == "0":  # one line, however many processes found it
+        if not silent():
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -432,7 +432,8 @@ def read_meta(data_dir, vocab_size):
     """meta.json of a data folder, checked against the model's vocabulary. Raises BadInput."""
     path = Path(data_dir) / "meta.json"
     if not Path(data_dir).is_dir():
-        raise BadInput(f"--data_dir={data_dir} is not there: make it by `python prepare_pile.py --out_dir {data_dir}`")
+        mend = f"python prepare_pile.py --source FILES --out_dir {data_dir}"
+        raise BadInput(f"--data_dir={data_dir} is not there: correct it, or make it by `{mend}`")
     try:
         meta = json.loads(path.read_text())
         counts = [meta[name] for name in ("vocab_size", "train_tokens", "val_tokens")]
@@ -441,7 +442,7 @@ def read_meta(data_dir, vocab_size):
             raise TypeError("a value of the wrong type")
     except FileNotFoundError:
         raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}): make the folder again") from None
     if tokenizer not in VOCAB_SIZES:
         raise BadInput(f"{path}: tokenizer {tokenizer!r} is unknown: prepare the data again by gpt2 or bytes")
@@ -491,7 +492,7 @@ class TokenData:
         folder = Path(data_dir)
         self.block_size, self.vocab_size = block_size, vocab_size
         self.paths = sorted(folder.glob("train_*.bin")) if split == "train" else [folder / "val.bin"]
-        if not self.paths or not self.paths[0].exists():
+        if not self.paths or not all(path.is_file() for path in self.paths):
             missing = folder / ("train_000.bin" if split == "train" else "val.bin")
             raise BadInput(f"{missing} is missing: make the folder again by prepare_pile.py")
         for path in self.paths:

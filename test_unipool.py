@@ -92,12 +92,14 @@ def test_paper_presets():
         assert config.n_expert == 8 * config.n_layer and config.n_hidden == 4 * config.n_embd
         assert config.balance_coef == alpha[scale] and config.block_size == 1024 and config.n_kv_head == 4
         assert (config.rope_base, config.norm_eps, config.init_std) == (1e6, 1e-5, 0.01)
+        assert UniPoolConfig.from_scale(scale, balance="layer").balance_coef == 1e-2
+        assert UniPoolConfig.from_scale(scale, "vanilla", balance="pool").balance_coef == alpha[scale]
         vanilla = UniPoolConfig.from_scale(scale, "vanilla")
         assert vanilla.n_pool == vanilla.n_layer and vanilla.experts_per_pool == 8
         assert (vanilla.router, vanilla.balance, vanilla.balance_coef) == ("softmax", "layer", 1e-2)
         assert UniPoolConfig.from_scale(scale, "dense").n_expert == 0
     settings, _ = train.settle(dict(scale="182m"), None)
-    assert (settings.max_steps, settings.batch_size, settings.lr, settings.min_lr) == (60_000, 512, 5e-4, 0.1)
+    assert (settings.max_steps, settings.batch_size, settings.lr, settings.min_lr) == (60_000, 512, 5e-4, 5e-5)
     assert (settings.warmup, settings.grad_clip, settings.weight_decay) == (0.01, 1.0, 0.01)
     assert (settings.beta1, settings.beta2, settings.adam_eps) == (0.9, 0.999, 1e-8)
 
@@ -1019,9 +1021,14 @@ def test_it_learns_more_than_how_often_each_byte_occurs(text_data, tmp_path):
 def test_a_new_run_keeps_the_old_one(text_data, tmp_path):
     old, _ = run_train(text_data, tmp_path, "--max_steps=1")
     run_train(text_data, tmp_path, "--max_steps=2")
-    kept = torch.load(tmp_path / "ckpt.old.pt", weights_only=True)
-    assert kept["step"] == 1 and len((tmp_path / "metrics.old.jsonl").read_text().splitlines()) == 1
-    assert_same_weights(old, kept)
+    (tmp_path / "ckpt.pt").unlink()  # as if the second run had ended before its first checkpoint
+    run_train(text_data, tmp_path, "--max_steps=3")
+    run_train(text_data, tmp_path, "--max_steps=1")
+    for number, steps in ((1, 1), (2, 3)):
+        kept = torch.load(tmp_path / f"ckpt.old-{number}.pt", weights_only=True)
+        lines = (tmp_path / f"metrics.old-{number}.jsonl").read_text().splitlines()
+        assert kept["step"] == len(lines) == steps, "a checkpoint and its metrics must stay together"
+    assert_same_weights(old, torch.load(tmp_path / "ckpt.old-1.pt", weights_only=True))
 
 
 def test_compiled_model_gives_the_same_losses(text_data, tmp_path):
@@ -1073,7 +1080,16 @@ def fails(capsys, main, arguments, *named, touching=None):
         (["--learning_rate=1"], ["--learning_rate=1", "--help"]),
         (["--max_step=1"], ["--max_step=1"]),  # no guessing at shortened flags
         (["--lr=fast"], ["--lr", "fast"]),
-        (["--lr=0"], ["--lr=0"]),
+        (["--lr=nan"], ["--lr=nan"]),
+        (["--lr=-1"], ["--lr=-1"]),
+        (["--warmup=1.5"], ["--warmup=1.5"]),
+        (["--beta2=1"], ["--beta2=1"]),
+        (["--weight_decay=inf"], ["--weight_decay=inf"]),
+        (["--seed=-1"], ["--seed=-1"]),
+        (["--batch_size=99999999999"], ["--batch_size=99999999999"]),
+        (["--balance_coef=nan"], ["balance_coef=nan"]),
+        (["--arch=dense", "--n_expert=8"], ["n_expert=8", "dense"]),
+        (["--device=meta"], ["--device=meta"]),
         (["--max_steps=-1"], ["--max_steps=-1"]),
         (["--top_k=33"], ["top_k=33", "32 experts"]),
         (["--n_pool=3"], ["n_pool=3", "n_layer=4"]),
@@ -1090,6 +1106,25 @@ def test_bad_flags_of_train(flags, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fails(capsys, train.main, ["--device=cpu", *flags], *named, touching=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(text_data, trained, capsys, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    flags = [
+        "--resume",
+        f"--data_dir={text_data}",
+        f"--out_dir={tmp_path}",
+        "--max_steps=9",
+        "--lr=900",
+        "--grad_clip=0",
+    ]
+    fails(capsys, train.main, [*flags, "--warmup=0", "--adam_eps=0"], "--lr=900", "step", "left as it was")
+    assert (tmp_path / "ckpt.pt").read_bytes() == (trained / "ckpt.pt").read_bytes()
+
+
+def test_a_model_that_does_not_fit(text_data, capsys, tmp_path):
+    flags = [f"--data_dir={text_data}", f"--out_dir={tmp_path / 'out'}", "--n_embd=4000000", "--n_hidden=4000000"]
+    fails(capsys, train.main, ["--device=cpu", *flags], "--scale=tiny", "no room", touching=tmp_path)
 
 
 def test_out_dir_that_is_a_file(text_data, capsys, tmp_path):

@@ -13,11 +13,12 @@ import contextlib
 import json
 import math
 import os
-import pickle
+import re
 import sys
 import time
 import typing
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,9 @@ from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig
 # Settings: each field is a flag, and its default stands here alone
 
 
-def flag(default, help):
-    return field(default=default, metadata=dict(help=help))
+def flag(default, help, low=1, high=2**63):
+    """A field of Settings; low <= value < high is checked for numbers, which also refuses inf and nan."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high))
 
 
 @dataclass
@@ -46,31 +48,33 @@ class Settings:
     data_dir: str | None = flag(None, "made by prepare_pile.py (data/pile; for tiny data/stdlib, made on the spot)")
     out_dir: str = flag("out", "folder for ckpt.pt and metrics.jsonl")
     device: str | None = flag(None, "cuda, cpu, mps, cuda:1 ... (the best there is)")
-    seed: int = flag(1337, "of the initial weights and of the order of the data")
+    seed: int = flag(1337, "of the initial weights and of the order of the data", low=0)
     max_steps: int = flag(60_000, "optimizer steps in all, at which the run ends")
-    decay_steps: int | None = flag(None, "where the cosine ends (the scale's own --max_steps, even if you give less)")
-    warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises")
-    batch_size: int = flag(512, "sequences a step, over all processes")
-    micro_batch_size: int | None = flag(None, "sequences a forward pass, in each process (as many as fit, up to 16)")
-    lr: float = flag(5e-4, "highest learning rate")
-    min_lr: float = flag(0.1, "learning rate at the end of the cosine, as a share of --lr")
-    weight_decay: float = flag(0.01, "of parameters with two or more dimensions")
-    beta1: float = flag(0.9, "of AdamW")
-    beta2: float = flag(0.999, "of AdamW")
-    adam_eps: float = flag(1e-8, "of AdamW")
-    grad_clip: float = flag(1.0, "largest norm of the gradient")
-    eval_interval: int = flag(1000, "steps between validations")
-    eval_tokens: int | None = flag(
-        None, "validation tokens used, spread evenly over the split (as many as 8 steps take)"
+    decay_steps: int | None = flag(
+        None, "where the cosine ends (at the scale's own --max_steps, whatever you give there)"
     )
+    warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises", low=0, high=1)
+    batch_size: int = flag(512, "sequences a step, over all processes", high=2**24)
+    micro_batch_size: int | None = flag(
+        None, "sequences a forward pass, in each process (the most up to 16 that divide)"
+    )
+    lr: float = flag(5e-4, "highest learning rate", low=0, high=1e3)
+    min_lr: float = flag(5e-5, "learning rate at the end of the cosine", low=0, high=1e3)
+    weight_decay: float = flag(0.01, "of parameters with two or more dimensions", low=0, high=1e3)
+    beta1: float = flag(0.9, "of AdamW", low=0, high=1)
+    beta2: float = flag(0.999, "of AdamW", low=0, high=1)
+    adam_eps: float = flag(1e-8, "of AdamW", low=0, high=1e3)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0, high=math.inf)
+    eval_interval: int = flag(1000, "steps between validations")
+    eval_tokens: int | None = flag(None, "validation tokens used, spread over the split (as many as 8 steps take)")
     ckpt_interval: int = flag(1000, "steps between checkpoints")
     log_interval: int = flag(10, "steps between lines of metrics.jsonl")
     compile: bool | None = flag(None, "use torch.compile (on for CUDA)")
     resume: bool = flag(False, "go on from --out_dir/ckpt.pt; flags not given keep the checkpoint's values")
 
 
-TINY = dict(max_steps=600, warmup=0.05, batch_size=16, lr=2e-3, eval_interval=150, eval_tokens=2**16, ckpt_interval=150,
-            log_interval=1)  # fmt: skip
+TINY = dict(max_steps=600, warmup=0.05, batch_size=16, lr=2e-3, min_lr=2e-4, eval_interval=150, eval_tokens=2**16,
+            ckpt_interval=150, log_interval=1)  # fmt: skip
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=BALANCES)
 LARGEST_MICRO_BATCH = 16
 
@@ -100,11 +104,13 @@ def settle(given, saved):
     model_fields = {f.name for f in fields(UniPoolConfig)}
     model_flags = {name: value for name, value in given.items() if name in model_fields}
     own_flags = {name: value for name, value in given.items() if name not in model_fields}
-    recipe = TINY if given.get("scale", Settings.scale) == "tiny" else {}
     try:
         if saved is None:
+            recipe = TINY if given.get("scale", Settings.scale) == "tiny" else {}
             settings = Settings(**(recipe | own_flags))
             config = UniPoolConfig.from_scale(settings.scale, settings.arch, **model_flags)
+            settings.decay_steps = settings.decay_steps or recipe.get("max_steps", Settings.max_steps)
+            settings.eval_tokens = settings.eval_tokens or 8 * settings.batch_size * config.block_size
         else:
             for name, value in given.items():
                 fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
@@ -117,14 +123,10 @@ def settle(given, saved):
             config = UniPoolConfig(**saved["config"])
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(str(error)) from None
-    if settings.decay_steps is None:
-        settings.decay_steps = recipe.get("max_steps", Settings.max_steps)
-    if settings.eval_tokens is None:
-        settings.eval_tokens = 8 * settings.batch_size * config.block_size
-    for name in ("max_steps", "decay_steps", "batch_size", "micro_batch_size", "lr", "grad_clip", "eval_interval",
-                 "eval_tokens", "ckpt_interval", "log_interval"):  # fmt: skip
-        if (value := getattr(settings, name)) is not None and not value > 0:
-            raise BadInput(f"--{name}={value} must be more than 0")
+    for f in fields(settings):
+        value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
+            raise BadInput(f"--{f.name}={value} must be at least {low} and below {high}")
     return settings, config
 
 
@@ -135,10 +137,14 @@ def find_device(name):
     try:
         own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(own_gpu if name == "cuda" else name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("no such kind of device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise BadInput(f"--device={name} cannot be used here ({reason}): give cuda, cuda:N, mps or cpu") from None
+    if "LOCAL_RANK" in os.environ and ":" in name:
+        raise BadInput(f"--device={name} would put every process on one device: give cuda")
     return device
 
 
@@ -154,10 +160,10 @@ def find_data(settings, device, is_main):
             data_dir = stdlib
             if is_main:
                 print(f"{pile} is missing (python prepare_pile.py makes it): a trial on the standard library's sources")
-    if Path(data_dir) == Path(stdlib) and not Path(stdlib).exists() and is_main:
+    if Path(data_dir) == Path(stdlib) and is_main and not Path(stdlib).exists():
         prepare(["stdlib"])
-    if dist.is_initialized():
-        dist.barrier()
+    while Path(data_dir) == Path(stdlib) and not Path(stdlib).exists():
+        time.sleep(0.1)  # until the main process has made it: it appears whole
     return data_dir
 
 
@@ -171,12 +177,12 @@ def read_batch(data, indices, device):
 
 
 def learning_rate(step, settings):
-    """Linear warm-up, then a cosine from lr to min_lr * lr at decay_steps. `step` counts from 0."""
+    """Linear warm-up, then a cosine from lr to min_lr at decay_steps. `step` counts from 0."""
     warmup_steps = max(1, round(settings.warmup * settings.decay_steps))
     if step < warmup_steps:
         return settings.lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, settings.decay_steps - warmup_steps))
-    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,10 +196,10 @@ def load_checkpoint(path):
         raise BadInput(f"{path} is not there: train first (python train.py), or give the run's --out_dir")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes fail in as many ways as there are places to damage
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"{path} is damaged, cut short or no checkpoint ({reason}): use another one") from None
-    needed = {"model", "optimizer", "config", "settings", "tokenizer", "step", "position"}
+    needed = {"model", "optimizer", "config", "settings", "tokenizer", "step", "position", "rng"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise BadInput(f"{path} is not a checkpoint of train.py: use another one")
     return checkpoint
@@ -222,11 +228,27 @@ def save_checkpoint(path, **contents):
 
 def trim_metrics(path, step):
     """Drop the lines of metrics.jsonl after `step`: the resumed run writes them anew."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short, or damaged
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.write_bytes(b"".join(kept))
     os.replace(temporary, path)
+
+
+def keep_earlier_run(ckpt_path, metrics_path):
+    """Give the files of a run that this one would overwrite the names ckpt.old-1.pt, metrics.old-1.jsonl, or -2 ..."""
+    if not ckpt_path.exists():
+        metrics_path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        return
+    number = 1
+    while ckpt_path.with_name(f"ckpt.old-{number}.pt").exists():
+        number += 1
+    if metrics_path.exists():
+        os.replace(metrics_path, metrics_path.with_name(f"metrics.old-{number}.jsonl"))
+    os.replace(ckpt_path, ckpt_path.with_name(f"ckpt.old-{number}.pt"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +266,7 @@ def peak_flops(device):
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
 def pool_utilisation(usage, n_pool):
@@ -306,11 +328,6 @@ def run(argv):
     device = find_device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
 
     # ---- Data
     data_dir = settings.data_dir = str(find_data(settings, device, is_main))
@@ -324,19 +341,30 @@ def run(argv):
     val_data = TokenData(data_dir, "val", meta, config.block_size, config.vocab_size)
 
     # ---- Model and optimizer
+    if world_size > 1:  # after all that can be wrong with the flags and the data, which one process then reports
+        backend, own_device = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=own_device, timeout=timedelta(hours=1))  # others wait for the saving
     torch.manual_seed(settings.seed)
     if saved is None:
-        with torch.device(device):
-            model = UniPool(config).to(device)
+        try:
+            with torch.device(device):
+                model = UniPool(config).to(device)
+        except (RuntimeError, MemoryError) as error:
+            raise BadInput(
+                f"--scale={settings.scale}: no room for the model on {device} ({error}): a smaller one"
+            ) from None
     else:
         model = load_model(saved, ckpt_path, device)
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
     step = position = 0  # optimizer steps done, training sequences seen
     if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-        step, position = saved["step"], saved["position"]
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            step, position = int(saved["step"]), int(saved["position"])
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise BadInput(f"{ckpt_path}: its optimizer state is damaged ({error}): use another checkpoint") from None
         del saved
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -344,10 +372,10 @@ def run(argv):
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
     use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
-    runner = compiled = torch.compile(model) if use_compile else model
+    runner = forward = torch.compile(model) if use_compile else model
     if world_size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        runner = DistributedDataParallel(compiled, device_ids=device_ids, gradient_as_bucket_view=True)
+        runner = DistributedDataParallel(forward, device_ids=device_ids, gradient_as_bucket_view=True)
 
     # ---- Logs
     metrics_path = ckpt_path.with_name("metrics.jsonl")
@@ -358,10 +386,8 @@ def run(argv):
             raise BadInput(f"--out_dir={settings.out_dir} cannot be made ({error.strerror}): give another") from None
         if given.get("resume"):
             trim_metrics(metrics_path, step)
-        else:  # an earlier run in this folder is kept under another name
-            for path in (ckpt_path, metrics_path):
-                if path.exists():
-                    os.replace(path, path.with_suffix(f".old{path.suffix}"))
+        else:
+            keep_earlier_run(ckpt_path, metrics_path)
         print(
             f"model: {settings.arch} {settings.scale}, {model.num_params():,} parameters ({model.num_params(True):,} "
             f"active), {config.n_expert} experts in {config.n_pool} pool(s), top-{config.top_k}\n"
@@ -369,10 +395,10 @@ def run(argv):
             f"step: {settings.batch_size * config.block_size:,} tokens, in {accumulation} micro-batch(es) of "
             f"{micro_batch_size} sequences on {world_size} {device.type} process(es)"
         )
-        if settings.max_steps < settings.decay_steps:
+        if settings.max_steps != settings.decay_steps:
             print(
-                f"the run ends at step {settings.max_steps} of a schedule of {settings.decay_steps} steps; for a whole "
-                f"schedule add --decay_steps={settings.max_steps}"
+                f"note: the run ends at step {settings.max_steps}, the learning rate's schedule at step "
+                f"{settings.decay_steps}; --decay_steps={settings.max_steps} lets them end together"
             )
     peak = peak_flops(device)
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
@@ -400,7 +426,8 @@ def run(argv):
                 (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             usage = usage + out.usage.detach() / accumulation
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            del out, loss  # the logits, before the next micro-batch makes its own
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -410,7 +437,7 @@ def run(argv):
         is_last = step == settings.max_steps
         evaluating = step % settings.eval_interval == 0 or is_last
         saving = step % settings.ckpt_interval == 0 or is_last
-        logging = step % settings.log_interval == 0 or evaluating
+        logging = step % settings.log_interval == 0 or evaluating or saving
         if world_size > 1 and (logging or config.balance == "bias"):
             for tensor in (losses, usage):
                 dist.all_reduce(tensor)
@@ -420,6 +447,11 @@ def run(argv):
 
         if logging:
             train_loss, balance_loss = losses.tolist()  # waits for the GPU
+            if not math.isfinite(train_loss) or not math.isfinite(grad_norm):
+                raise BadInput(
+                    f"--lr={settings.lr}: step {step} has a loss of {train_loss} and a gradient of norm {grad_norm}; "
+                    f"stopped, and {ckpt_path} is left as it was: try a lower --lr"
+                )
             tokens_per_second = window_tokens / (time.perf_counter() - window_start)
             line = dict(step=step, train_loss=train_loss, balance_loss=balance_loss, lr=lr, grad_norm=grad_norm.item(),
                         tokens=position * config.block_size, tokens_per_second=tokens_per_second)  # fmt: skip
@@ -429,7 +461,7 @@ def run(argv):
                 line["mfu"] = tokens_per_second * model.flops_per_token() / (peak * world_size)
             if evaluating:
                 line["val_loss"] = validate(
-                    compiled, val_data, settings.eval_tokens, micro_batch_size, rank, world_size, device, autocast
+                    forward, val_data, settings.eval_tokens, micro_batch_size, rank, world_size, device, autocast
                 )
             if is_main:
                 with open(metrics_path, "a") as file:
@@ -450,7 +482,7 @@ def run(argv):
                 ckpt_path, model=model.state_dict(), optimizer=optimizer.state_dict(), config=asdict(config),
                 settings=kept, tokenizer=meta["tokenizer"], step=step, position=position, rng=torch.get_rng_state(),
             )  # fmt: skip
-        if logging or saving:
+        if logging:
             window_start, window_tokens = time.perf_counter(), 0
     bar.close()
     if is_main:
@@ -466,4 +498,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    # Before the processes are joined they all find the same mistakes, so one of each machine speaks.
+    run_command(main, silent=lambda: os.environ.get("LOCAL_RANK", "0") != "0" and not dist.is_initialized())

@@ -29,13 +29,12 @@ from torch import nn
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-# Table 6, and "tiny" for a laptop, on bytes. A scale is named by its active size, embeddings included. Every scale has
-# 8 experts a layer of the dense width 4 * C, so M = 8 * L; `balance_coef` is the paper's alpha_pool.
+# Table 6, and "tiny" for a laptop, on bytes: where a scale differs from the defaults of UniPoolConfig. A scale is named
+# by its active size, embeddings included. Every scale has 8 experts a layer of the dense width 4 * C, so M = 8 * L;
+# `balance_coef` here is the paper's alpha_pool.
 SCALES = {
-    "tiny": dict(
-        n_layer=4, n_embd=128, n_head=4, n_kv_head=2, block_size=128, vocab_size=320, balance_coef=1e-2, init_std=0.04
-    ),
-    "182m": dict(n_layer=12, n_embd=768, n_head=12, balance_coef=1e-2),
+    "tiny": dict(n_layer=4, n_embd=128, n_head=4, n_kv_head=2, block_size=128, vocab_size=320, init_std=0.04),
+    "182m": dict(),
     "469m": dict(n_layer=24, n_embd=1024, n_head=16, balance_coef=2e-2),
     "650m": dict(n_layer=36, n_embd=1024, n_head=16, balance_coef=2e-2),
     "830m": dict(n_layer=48, n_embd=1024, n_head=16, balance_coef=2e-2),
@@ -59,12 +58,12 @@ class UniPoolConfig:
     n_kv_head: int = 4  # grouped-query attention: n_head / n_kv_head query heads share one key and value head
     n_embd: int = 768  # C
     n_hidden: int = 3072  # H, of one expert (of the one FFN a layer, when n_expert is 0)
-    n_expert: int = 96  # the paper's M: experts of all pools together; 0 is a dense model, without any routing
+    n_expert: int = 96  # experts of all pools together, G * M; 0 is a dense model, without any routing
     n_pool: int = 1  # the paper's G: pools over depth, each shared by n_layer / n_pool adjacent layers
     top_k: int = 1  # k
     router: str = "norm"  # norm (Eq. 7) | softmax | sigmoid
     balance: str = "pool"  # pool (Eq. 5) | layer (Eq. 3) | bias (auxiliary-loss-free, arXiv 2408.15664) | none
-    balance_coef: float = 1e-2  # alpha
+    balance_coef: float = 1e-2  # alpha (Eq. 3), alpha_pool (Eq. 5)
     bias_rate: float = 1e-3  # step of the bias, when balance is "bias"
     rope_base: float = 1e6
     norm_eps: float = 1e-5
@@ -90,14 +89,19 @@ class UniPoolConfig:
             raise ValueError(f"scale={scale!r} is unknown: choose from {', '.join(SCALES)}")
         if arch not in ARCHS:
             raise ValueError(f"arch={arch!r} is unknown: choose from {', '.join(ARCHS)}")
-        fields = SCALES[scale] | overrides
-        n_layer, n_embd = fields["n_layer"], fields["n_embd"]
+        if arch == "dense" and overrides.get("n_expert"):
+            raise ValueError(f"n_expert={overrides['n_expert']} contradicts arch='dense', which has no experts")
+        given = SCALES[scale] | overrides
+        n_layer, n_embd = given.get("n_layer", cls.n_layer), given.get("n_embd", cls.n_embd)
         preset = dict(n_hidden=4 * n_embd, n_expert=8 * n_layer)
         if arch == "vanilla":
-            preset |= dict(n_pool=n_layer, router="softmax", balance="layer", balance_coef=1e-2)
+            preset |= dict(n_pool=n_layer, router="softmax", balance="layer")
         if arch == "dense":
             preset |= dict(n_expert=0, balance="none")
-        return cls(**(SCALES[scale] | preset | overrides))
+        fields = SCALES[scale] | preset | overrides
+        if fields.get("balance", cls.balance) == "layer" and "balance_coef" not in overrides:
+            fields["balance_coef"] = 1e-2  # the layer loss has this alpha at every scale
+        return cls(**fields)
 
     def __post_init__(self):
         def check(possible, message):
@@ -107,8 +111,9 @@ class UniPoolConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "n_pool"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("balance_coef", "bias_rate", "norm_eps", "init_std"):
-            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        check(self.rope_base > 0, f"rope_base={self.rope_base} must be positive")
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"{name}={value} must be a number of at least 0")
+        check(0 < self.rope_base < math.inf, f"rope_base={self.rope_base} must be a number above 0")
         check(self.n_expert >= 0, f"n_expert={self.n_expert} must be 0 (a dense model) or more")
         check(self.router in ROUTERS, f"router={self.router!r} is unknown: choose from {', '.join(ROUTERS)}")
         check(self.balance in BALANCES, f"balance={self.balance!r} is unknown: choose from {', '.join(BALANCES)}")
@@ -217,7 +222,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = top_k
         self.weight = nn.Parameter(torch.empty(n_expert, n_embd))
-        nn.init.normal_(self.weight, std=n_embd**-0.5)
+        nn.init.normal_(self.weight, std=n_embd**-0.5)  # for use by itself; UniPool.init_weights draws it anew
         self.register_buffer("bias", torch.zeros(n_expert))
 
     def score(self, z):
@@ -235,8 +240,8 @@ class Router(nn.Module):
 class NormRouter(Router):
     """Eq. 7: s_i = sigma * c * max(0, z_i / (||z||_2 + eps)), with z = W x and a learnable scalar sigma.
 
-    Dividing by the norm and not by a sum of exponentials, the scores do not shrink as the pool grows: c makes the k
-    gates of an untrained router have norm 1 on average, for any number of experts.
+    Dividing by the norm and not by a sum of exponentials, and with c to make up for the number of experts, the gates
+    keep their scale as the pool grows: the k gates of an untrained router have a norm of about 1.
     """
 
     eps = 1e-8
@@ -271,10 +276,10 @@ ROUTERS = {"norm": NormRouter, "softmax": SoftmaxRouter, "sigmoid": SigmoidRoute
 def norm_router_scale(n_expert, top_k):
     """The constant c of NormRouter, a float (Eq. 12): E[ 1 / ||top-k of ReLU(x / ||x||)||_2 ], x ~ N(0, I_M).
 
-    The mean over fixed draws, finite for every M >= 1 and 1 <= k <= M. The plain mean is not, and by few experts it is
-    ruined by draws that hardly ever occur in training: without any positive entry (no scale helps those: left out), or
-    with a tiny one (the mean of 1/norm diverges there, so the norm is bounded below by a tenth of sqrt(k/M), the norm
-    of k entries of average size). Neither changes c from M = 16 on.
+    The mean over fixed draws, finite for every M >= 1 and 1 <= k <= M. The plain mean is not: few experts give draws
+    without any positive entry (no scale helps those: left out), or with only a tiny one (the mean of 1/norm diverges
+    there, so the norm is bounded below by a tenth of sqrt(k/M), the norm of k entries of average size). From M = 24 on
+    none of the draws is like that.
     """
     x = torch.randn(2**15, n_expert, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
     top = F.relu(x / x.norm(dim=1, keepdim=True)).topk(top_k).values  # (draws, k)
@@ -293,7 +298,7 @@ class ExpertPool(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(n_expert, n_embd, 2 * n_hidden))  # W_gate and W_up side by side
         self.down = nn.Parameter(torch.empty(n_expert, n_hidden, n_embd))
-        nn.init.normal_(self.gate_up, std=n_embd**-0.5)
+        nn.init.normal_(self.gate_up, std=n_embd**-0.5)  # for use by itself; UniPool.init_weights draws both anew
         nn.init.normal_(self.down, std=n_hidden**-0.5)
 
     def weights(self):
@@ -306,7 +311,10 @@ class ExpertPool(nn.Module):
         return self.gate_up.to(dtype), self.down.to(dtype)
 
     def forward(self, x, gates, experts):
-        """x: (N, C), gates: (N, k), experts: (N, k) int64 -> (N, C): the sum over k of gate * expert(x), Eq. 2."""
+        """x: (N, C), gates: (N, k), experts: (N, k) int64 -> (N, C): the sum over k of gate * expert(x), Eq. 2.
+
+        For one use by itself. UniPool takes weights() once and calls expert_ffn in every layer.
+        """
         return expert_ffn(x, gates, experts, *self.weights())
 
 
@@ -341,8 +349,9 @@ def grouped_linear(rows, weight, ends):
     aligned = weight.size(1) * weight.element_size() % 16 == 0 and weight.size(2) * weight.element_size() % 16 == 0
     if hasattr(F, "grouped_mm") and rows.dtype == fast_dtype and aligned:
         return F.grouped_mm(rows, weight, offs=ends.int())
-    starts_and_ends = zip([0, *ends.tolist()], ends.tolist())
-    return torch.cat([rows[start:end] @ w for w, (start, end) in zip(weight.unbind(0), starts_and_ends) if end > start])
+    ends = ends.tolist()
+    pieces = [rows[start:end] @ w for w, start, end in zip(weight.unbind(0), [0, *ends], ends) if end > start]
+    return torch.cat(pieces)  # (R, out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,19 +405,19 @@ class Block(nn.Module):
         else:
             self.ffn = DenseFFN(config.n_embd, config.n_hidden)
 
-    def forward(self, x, rope, pool_weights, cache=None):
-        """x: (B, T, C), rope: (2, T, D/2), pool_weights: ExpertPool.weights() or None in a dense model.
+    def forward(self, x, rope, expert_weights, cache=None):
+        """x: (B, T, C), rope: (2, T, D/2), expert_weights: those of the layer's pool, None in a dense model.
 
         Returns x (B, T, C) and the layer's routing statistics f (M,) and P (M,), as the balance losses take them.
         """
         x = x + self.attention(self.attention_norm(x), rope, cache)
         h = self.ffn_norm(x)
-        if pool_weights is None:
+        if expert_weights is None:
             no_experts = h.new_zeros(0)
             return x + self.ffn(h), no_experts, no_experts
         h = h.flatten(0, 1)  # (N, C)
         gates, experts, scores = self.router(h)
-        y = expert_ffn(h, gates, experts, *pool_weights)  # (N, C)
+        y = expert_ffn(h, gates, experts, *expert_weights)  # (N, C)
         one_per_pair = torch.ones_like(gates).flatten()
         f = torch.zeros_like(scores[0]).scatter_add_(0, experts.flatten(), one_per_pair) / experts.numel()  # (M,)
         return x + y.view_as(x), f, scores.mean(dim=0)
@@ -459,12 +468,12 @@ class UniPool(nn.Module):
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}: crop idx")
         x = self.embedding(idx)  # (B, T, C)
         rope = self.rope[:, start:end]
-        pool_weights = [pool.weights() for pool in self.pools]
+        weights_of_pool = [pool.weights() for pool in self.pools]
         statistics = []
         for l, block in enumerate(self.blocks):
             # Layer l uses pool floor(l * G / L): all of them pool 0 in UniPool, each its own in a vanilla MoE.
-            weights = pool_weights[l * len(pool_weights) // len(self.blocks)] if pool_weights else None
-            x, f, P = block(x, rope, weights, caches[l] if caches else None)
+            expert_weights = weights_of_pool[l * self.config.n_pool // self.config.n_layer] if self.pools else None
+            x, f, P = block(x, rope, expert_weights, caches[l] if caches else None)
             statistics.append((f, P))
         f, P = (torch.stack(s) for s in zip(*statistics))
         return self.norm(x), f, P
@@ -541,6 +550,8 @@ class UniPool(nn.Module):
         """
         if idx.size(1) == 0:
             raise ValueError("idx is empty: generation needs at least one token to start from")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature={temperature} must not be negative and top_k={top_k} at least 1")
         block_size = self.config.block_size
         idx = idx[:, -block_size:]
         dtype = self.head.weight.dtype
@@ -562,6 +573,6 @@ class UniPool(nn.Module):
                 idx = new = idx[:, -block_size:]
                 caches = None
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
         """Continue the prompts idx (B, T): (B, T + max_new_tokens). See `stream` for the arguments and the window."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, n_vocab)], dim=1)
