@@ -21,7 +21,6 @@ import concurrent.futures
 import glob
 import gzip
 import hashlib
-import io
 import json
 import math
 import os
@@ -79,6 +78,8 @@ def run_command(main, silent=lambda: False):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `python sample.py | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,10 +100,12 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # requests' connection errors are OSErrors
+        cache = os.environ.get("TIKTOKEN_CACHE_DIR", "")
         raise BadInput(
-            f"the gpt2 vocabulary is not on this machine and cannot be downloaded ({type(error).__name__}): run "
-            "`TIKTOKEN_CACHE_DIR=DIR python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")'` on a machine that "
-            "is online, copy DIR here and set TIKTOKEN_CACHE_DIR to it; or use --tokenizer bytes"
+            f"the gpt2 vocabulary is not in TIKTOKEN_CACHE_DIR={cache} and cannot be "
+            f"downloaded ({type(error).__name__}): run `TIKTOKEN_CACHE_DIR=DIR python -c 'import tiktoken; "
+            'tiktoken.get_encoding("gpt2")\'` on a machine that is online, copy DIR here and set TIKTOKEN_CACHE_DIR '
+            "to it; or prepare the data with --tokenizer bytes"
         ) from None
 
 
@@ -129,7 +132,7 @@ class Reader:
             self.skip_bad = True  # an old encoding in some corner of it is no fault of the user
             self.paths = standard_library_files()
         elif self.kind == "files":
-            self.paths = [path for source in sources for path in expand(source)]
+            self.paths = list(dict.fromkeys(path for source in sources for path in expand(source)))  # each once
 
     def __iter__(self):
         if self.kind == "pile":
@@ -170,20 +173,24 @@ class Reader:
         number = 0
         try:
             with open(path, "rb") as raw:
-                file = raw
+                lines = raw
                 if path.lower().endswith(".zst"):
-                    file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+                    lines = zstd_lines(raw)
                 elif path.lower().endswith(".gz"):
-                    file = gzip.GzipFile(fileobj=raw)
-                for number, line in enumerate(file, start=1):
+                    lines = gzip.GzipFile(fileobj=raw)
+                for number, line in enumerate(lines, start=1):
+                    if not line.strip():
+                        continue
                     try:
                         text = json.loads(line)["text"]
                         if not isinstance(text, str):
                             raise TypeError
                     except UnicodeDecodeError:
                         self.bad(f"{path} line {number}: not UTF-8")
-                    except ValueError as error:
-                        self.bad(f"{path} line {number}: not JSON ({error})")
+                    except json.JSONDecodeError as error:
+                        self.bad(f"{path} line {number}: not JSON ({error.msg} at column {error.colno})")
+                    except RecursionError:
+                        self.bad(f"{path} line {number}: nested too deeply")
                     except (KeyError, TypeError):
                         self.bad(f'{path} line {number}: no string "text" in it')
                     else:
@@ -223,6 +230,29 @@ class Reader:
             ) from None
 
 
+def zstd_lines(raw):
+    """The lines in a file of zstandard frames. Raises EOFError if the last frame is cut short.
+
+    (zstandard's own stream_reader takes a file cut short for one that ends there.)
+    """
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    frame, rest = None, b""
+    while data := raw.read(2**20):
+        while data:
+            frame = frame or decompressor.decompressobj()
+            *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+            yield from lines
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
+    if rest:
+        yield rest
+
+
 def standard_library_files():
     """The .py files of this Python's standard library, sorted: a list of paths.
 
@@ -246,7 +276,7 @@ def expand(pattern):
         else:
             paths.append(path)
     if not paths:
-        raise BadInput(f"--source {pattern}: nothing is there; give a file, a folder, a glob pattern, pile or stdlib")
+        raise BadInput(f"--source {pattern}: no files there; give a file, a folder, a glob pattern, pile or stdlib")
     return paths
 
 
@@ -319,7 +349,7 @@ class ShardWriter:
                 self.shards += 1
                 self.left = self.shard_tokens or sys.maxsize
             here, tokens = tokens[: self.left], tokens[self.left :]
-            here.tofile(self.file)
+            self.file.write(here.tobytes())  # not tofile(), which lets a full disk pass in silence
             self.left -= len(here)
             self.tokens += len(here)
 
@@ -350,11 +380,11 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     for flag, value in dict(max_tokens=max_tokens, shard_tokens=shard_tokens, workers=workers).items():
         if value is not None and value < 1:
             raise BadInput(f"--{flag}={value} must be at least 1")
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise BadInput(f"--out_dir={out_dir} exists already: delete it, or give another")
-
-    new_parent = not out_dir.parent.exists()
     try:
+        out_dir = out_dir.resolve() if out_dir.is_symlink() else out_dir
+        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()) or out_dir.samefile(".")):
+            raise BadInput(f"--out_dir={out_dir} exists already: delete it, or give another")
+        new_parent = not out_dir.parent.exists()
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=f"{out_dir.name}.tmp-", dir=out_dir.parent)
     except OSError as error:
@@ -363,7 +393,7 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
         train, val = ShardWriter(temporary, "train", shard_tokens), ShardWriter(temporary, "val")
         with (
             concurrent.futures.ThreadPoolExecutor(workers) as executor,  # tiktoken works outside the interpreter lock
-            tqdm(desc=str(out_dir), unit="B", unit_scale=True, disable=quiet, mininterval=0.5) as bar,
+            tqdm(desc=str(out_dir), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1) as bar,
         ):
             work = ordered_map(
                 executor, lambda texts: tokenize(texts, tokenizer, val_fraction), batches(reader), window=2 * workers
@@ -387,9 +417,10 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
             raise BadInput(f"--source {' '.join(sources)}: no document in it ({reader.skipped} skipped as bad)")
         for split, writer in (("validation", val), ("training", train)):
             if writer.tokens == 0:
+                better = 0.5 if n_documents < 10 else 0.2
                 raise BadInput(
-                    f"--val_fraction={val_fraction} leaves no {split} document out of {n_documents}: change it, or "
-                    "give more documents (`split -C 16k FILE` cuts a text file into many)"
+                    f"--val_fraction={val_fraction} leaves no {split} document out of {n_documents}: try {better}, or "
+                    "give more documents (`split -C 4k FILE` makes many of one)"
                 )
         meta = dict(
             tokenizer=tokenizer.name,
@@ -412,6 +443,8 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
         except OSError:
             if not (out_dir / "meta.json").exists():  # else another process was faster with the same data
                 raise
+    except OSError as error:
+        raise BadInput(f"--out_dir={out_dir} cannot be written ({error.strerror}): make room or give another") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if new_parent and not any(out_dir.parent.iterdir()):
@@ -433,7 +466,7 @@ def read_meta(data_dir, vocab_size):
     path = Path(data_dir) / "meta.json"
     if not Path(data_dir).is_dir():
         mend = f"python prepare_pile.py --source FILES --out_dir {data_dir}"
-        raise BadInput(f"--data_dir={data_dir} is not there: correct it, or make it by `{mend}`")
+        raise BadInput(f"--data_dir={data_dir} is no folder: correct it, or make it by `{mend}`")
     try:
         meta = json.loads(path.read_text())
         counts = [meta[name] for name in ("vocab_size", "train_tokens", "val_tokens")]
@@ -442,7 +475,7 @@ def read_meta(data_dir, vocab_size):
             raise TypeError("a value of the wrong type")
     except FileNotFoundError:
         raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}): make the folder again") from None
     if tokenizer not in VOCAB_SIZES:
         raise BadInput(f"{path}: tokenizer {tokenizer!r} is unknown: prepare the data again by gpt2 or bytes")
@@ -492,10 +525,9 @@ class TokenData:
         folder = Path(data_dir)
         self.block_size, self.vocab_size = block_size, vocab_size
         self.paths = sorted(folder.glob("train_*.bin")) if split == "train" else [folder / "val.bin"]
-        if not self.paths or not all(path.is_file() for path in self.paths):
-            missing = folder / ("train_000.bin" if split == "train" else "val.bin")
-            raise BadInput(f"{missing} is missing: make the folder again by prepare_pile.py")
-        for path in self.paths:
+        for path in self.paths or [folder / "train_000.bin"]:
+            if not path.is_file():
+                raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py")
             size = path.stat().st_size
             if size == 0:
                 raise BadInput(f"{path} is empty: make the folder again by prepare_pile.py")

@@ -19,7 +19,7 @@ def read_prompt(prompt):
     """The prompt's text; None stays None, "-" is standard input. Raises BadInput if it is empty or not UTF-8."""
     try:
         if prompt == "-":
-            prompt = sys.stdin.buffer.read().decode("utf-8")
+            prompt = sys.stdin.buffer.read().decode("utf-8") if sys.stdin else ""
         elif prompt is not None:
             prompt.encode("utf-8")  # bytes that the shell could not decode arrive as lone surrogates
     except UnicodeError as error:
@@ -40,14 +40,14 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (%(default)s)")
     parser.add_argument("--device", help="cuda, cpu, mps ... (the best there is)")
     args = parser.parse_args(argv)
-    for name, least in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=1).items():
-        if not getattr(args, name) >= least:
-            raise BadInput(f"--{name}={getattr(args, name)} must be at least {least}")
+    for name, least in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=1, seed=0).items():
+        if not least <= getattr(args, name) < 2**63:
+            raise BadInput(f"--{name}={getattr(args, name)} must be at least {least} and below 2^63")
     prompt = read_prompt(args.prompt)
     device = find_device(args.device)
 
     path = Path(args.out_dir) / "ckpt.pt"
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, mmap=True)
     model = load_model(checkpoint, path, device).eval()
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     tokens = [tokenizer.eot_token] if prompt is None else tokenizer.encode(prompt, disallowed_special=())

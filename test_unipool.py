@@ -620,6 +620,8 @@ def test_sampling_follows_temperature_top_k_and_vocabulary():
     assert (drawn - probabilities).abs().max() < 5 * math.sqrt(0.25 / 4000), "frequencies must follow the softmax"
     best = set(model(idx[:1]).logits[0, -1].topk(3).indices.tolist())
     assert set(model.generate(idx, 1, top_k=3)[:, -1].tolist()) <= best
+    for temperature in (1e-45, 1e30, math.inf):
+        assert model.generate(idx[:2], 1, temperature=temperature).max() < 40
     assert max(token.max().item() for token in model.stream(idx, 3, n_vocab=11)) < 11, "padding ids must not appear"
     assert model.generate(idx[:2], 1, top_k=1000).shape == (2, 6), "a top_k beyond the vocabulary is no limit"
 
@@ -732,6 +734,26 @@ def test_every_form_of_source_gives_the_same_documents(tmp_path):
     sources = ["x.jsonl", "x.jsonl.zst", "x.jsonl.gz", "x.parquet", "texts", "texts/**/*.txt"]
     for source in sources:
         assert sorted(prepare_pile.Reader([str(tmp_path / source)])) == sorted(DOCUMENTS), f"{source} reads differently"
+
+
+def test_a_file_named_twice_is_read_once(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl")
+    sources = [str(tmp_path / "x.jsonl"), str(tmp_path / "**")]  # ** finds the folder and the file in it
+    assert list(prepare_pile.Reader(sources)) == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("cut", [1, 60, 400])
+def test_a_compressed_file_cut_short_is_noticed(suffix, cut, tmp_path):
+    whole, path = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
+    write_jsonl(whole)
+    path.write_bytes(whole.read_bytes()[:-cut])
+    with pytest.raises(BadInput, match=f"cut{suffix}"):
+        list(prepare_pile.Reader([str(path)]))
+    reader = prepare_pile.Reader([str(path), str(whole)], skip_bad=True)
+    assert list(reader)[-60:] == DOCUMENTS and reader.skipped >= 1, (
+        "the file after it must still be read, and it counted"
+    )
 
 
 def test_split_depends_on_the_documents_alone(tmp_path):
@@ -1031,6 +1053,39 @@ def test_a_new_run_keeps_the_old_one(text_data, tmp_path):
     assert_same_weights(old, torch.load(tmp_path / "ckpt.old-1.pt", weights_only=True))
 
 
+def test_resuming_a_finished_run_changes_nothing(text_data, tmp_path, capsys):
+    before, _ = run_train(text_data, tmp_path, "--max_steps=2")
+    train.main([f"--out_dir={tmp_path}", "--resume"])
+    assert "nothing to do" in capsys.readouterr().out
+    assert_same_weights(before, torch.load(tmp_path / "ckpt.pt", weights_only=True))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    train.save_checkpoint(tmp_path / "ckpt.pt", step=1)
+
+    def save(contents, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(BadInput, match="No space left"):
+        train.save_checkpoint(tmp_path / "ckpt.pt", step=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == dict(step=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits on the size of files are Unix's")
+def test_data_that_cannot_be_written_whole_does_not_appear(tmp_path):
+    import resource
+
+    write_jsonl(tmp_path / "a.jsonl", [d * 20 for d in DOCUMENTS])
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    flags = ["--source", "a.jsonl", "--tokenizer=bytes", "--out_dir=data", "--val_fraction=0.2"]
+    result = command("prepare_pile.py", *flags, cwd=tmp_path, preexec_fn=limit)
+    assert result.returncode == 2 and b"--out_dir=data cannot be written" in result.stderr, result.stderr.decode()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_compiled_model_gives_the_same_losses(text_data, tmp_path):
     _, plain = run_train(text_data, tmp_path / "plain", "--max_steps=2")
     _, compiled = run_train(text_data, tmp_path / "compiled", "--max_steps=2", "--compile")
@@ -1270,7 +1325,8 @@ def test_bad_flags_of_sample(arguments, named, trained, capsys):
     "name, content, flags, named",
     [
         ("a.jsonl", b'{"text": "fine"}\n{"text": "cut sh', [], ["a.jsonl line 2", "--skip_bad"]),
-        ("a.jsonl", b'{"text": "fine"}\n\n{"words": "none"}\n', [], ["a.jsonl line 2", "--skip_bad"]),
+        ("a.jsonl", b'{"text": "fine"}\n\n{"words": "none"}\n', [], ["a.jsonl line 3", "--skip_bad"]),
+        ("a.jsonl", b"[" * 100_000, [], ["a.jsonl line 1", "--skip_bad"]),
         ("a.jsonl", b'{"text": "\xff"}\n', [], ["a.jsonl line 1", "UTF-8"]),
         ("a.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 999)[:40], [], ["a.jsonl.gz", "damaged"]),
         ("a.jsonl.zst", b"no zstandard", [], ["a.jsonl.zst", "damaged"]),
@@ -1330,7 +1386,7 @@ def test_commands_from_text_to_text(tmp_path):
     result = command(
         "prepare_pile.py", "--source", "mine.jsonl.zst", "--tokenizer=bytes", "--out_dir=data/mine", cwd=tmp_path
     )
-    assert result.returncode == 0 and b"MB/s" in result.stderr or b"kB/s" in result.stderr, result.stderr.decode()
+    assert result.returncode == 0 and b"60 documents" not in result.stdout, result.stderr.decode()
     result = command("train.py", "--data_dir=data/mine", *TINY_RUN, "--max_steps=3", cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode()
     assert b"python sample.py" in result.stdout.splitlines()[-1] and b"tokens/s" in result.stderr
@@ -1371,8 +1427,9 @@ def test_readme_points_at_the_lines_it_names():
     links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", readme)
     assert len(links) >= 12, "the map from equations to lines is missing"
     for code, file, number in links:
-        line = (HERE / file).read_text().splitlines()[int(number) - 1]
-        assert code in line, f"README: {file} line {number} is `{line.strip()}`, not `{code}`"
+        lines = (HERE / file).read_text().splitlines()
+        actual = [n for n, line in enumerate(lines, start=1) if code in line]
+        assert actual == [int(number)], f"README: {code} is on line {actual} of {file}, not {number}; correct the link"
 
 
 def test_readme_flags_exist():

@@ -82,7 +82,8 @@ LARGEST_MICRO_BATCH = 16
 def parse_flags(argv):
     """The flags that were given, as a dict; flags left out are not in it."""
     parser = Parser(__doc__, argument_default=argparse.SUPPRESS)
-    own = parser.add_argument_group("training (in brackets the paper's values; --scale=tiny has its own)")
+    tiny = ", ".join(f"{name}={value}" for name, value in TINY.items())
+    own = parser.add_argument_group("training", f"in brackets the paper's values; --scale=tiny has {tiny}")
     model = parser.add_argument_group(
         "model: UniPoolConfig in unipool.py explains it (182m's values; --scale and --arch set them)"
     )
@@ -122,7 +123,8 @@ def settle(given, saved):
             settings = Settings(**(saved["settings"] | own_flags))
             config = UniPoolConfig(**saved["config"])
     except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(str(error)) from None
+        where = "" if saved is None else f"{given.get('out_dir', Settings.out_dir)}/ckpt.pt is damaged: "
+        raise BadInput(f"{where}{error}") from None
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
@@ -189,13 +191,16 @@ def learning_rate(step, settings):
 # Checkpoints
 
 
-def load_checkpoint(path):
-    """The dict in a checkpoint file, on the CPU: tensors and plain values only, never code. Raises BadInput."""
+def load_checkpoint(path, mmap=False):
+    """The dict in a checkpoint file, on the CPU: tensors and plain values only, never code. Raises BadInput.
+
+    mmap: read from the disk only what is used (sample.py leaves the optimizer's state there), without checksums.
+    """
     path = Path(path)
     if not path.exists():
         raise BadInput(f"{path} is not there: train first (python train.py), or give the run's --out_dir")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes fail in as many ways as there are places to damage
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"{path} is damaged, cut short or no checkpoint ({reason}): use another one") from None
@@ -219,11 +224,17 @@ def load_model(checkpoint, path, device):
 def save_checkpoint(path, **contents):
     """Write a checkpoint whole or not at all: to a temporary file, which then takes the name."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise BadInput(f"{path} cannot be written ({reason}): make room, then --resume from what is there") from None
 
 
 def trim_metrics(path, step):
@@ -406,6 +417,8 @@ def run(argv):
     window_start, window_tokens = time.perf_counter(), 0  # since the last line of the log, for tokens/s
 
     # ---- The loop
+    if is_main and step >= settings.max_steps:
+        bar.write(f"nothing to do: step {step} has reached --max_steps={settings.max_steps}; a larger one goes on")
     runner.train()
     while step < settings.max_steps:
         lr = learning_rate(step, settings)

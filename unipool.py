@@ -485,7 +485,9 @@ class UniPool(nn.Module):
         if self.config.balance == "pool":
             n_pool = self.config.n_pool
             return sum(pool_balance_loss(f_g, P_g) for f_g, P_g in zip(f.chunk(n_pool), P.chunk(n_pool)))
-        return P.new_zeros(())
+        if self.config.balance in ("bias", "none"):
+            return P.new_zeros(())
+        raise NotImplementedError(f"balance={self.config.balance!r} has no loss here")
 
     def forward(self, idx, targets=None):
         """idx, targets: (B, T) int64 with T <= block_size; targets of -1 do not count. Returns an Output.
@@ -566,6 +568,7 @@ class UniPool(nn.Module):
                 if top_k is not None:
                     kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < kth_best, -torch.inf)
+                logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes them infinite
                 new = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
             yield new
             idx = torch.cat([idx, new], dim=1)
