@@ -194,7 +194,7 @@ def learning_rate(step, settings):
 def load_checkpoint(path, mmap=False):
     """The dict in a checkpoint file, on the CPU: tensors and plain values only, never code. Raises BadInput.
 
-    mmap: read from the disk only what is used (sample.py leaves the optimizer's state there), without checksums.
+    mmap: leave on the disk what is not used, for sample.py the optimizer's state.
     """
     path = Path(path)
     if not path.exists():
