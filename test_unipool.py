@@ -6,6 +6,7 @@ over tokens, brute-force counts, or the same model computed another way.
 """
 
 import gzip
+import io
 import json
 import math
 import os
@@ -893,6 +894,16 @@ def test_learning_rate_schedule():
     assert at[600:] == sorted(at[600:], reverse=True)
 
 
+def test_peak_of_the_gpu_found(monkeypatch):
+    """Dense bf16 figures of the makers' data sheets; no guess for a GPU that is not in the list."""
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12,
+             "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA RTX A1000": None, "Tesla T4": None}  # fmt: skip
+    for name, flops in peaks.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert train.peak_flops(torch.device("cuda")) == flops, name
+    assert train.peak_flops(torch.device("cpu")) is None
+
+
 def test_pool_utilisation():
     assert train.pool_utilisation(torch.full((4, 8), 1 / 8), 1) == (pytest.approx(1), 0)
     specialists = torch.eye(4).repeat_interleave(2, dim=1) / 2  # each layer uses two experts of its own
@@ -1135,6 +1146,7 @@ def fails(capsys, main, arguments, *named, touching=None):
         (["--learning_rate=1"], ["--learning_rate=1", "--help"]),
         (["--max_step=1"], ["--max_step=1"]),  # no guessing at shortened flags
         (["--lr=fast"], ["--lr", "fast"]),
+        (["--decay_steps=0"], ["--decay_steps=0"]),
         (["--lr=nan"], ["--lr=nan"]),
         (["--lr=-1"], ["--lr=-1"]),
         (["--warmup=1.5"], ["--warmup=1.5"]),
@@ -1319,6 +1331,12 @@ def test_resume_with_data_of_another_tokenizer(trained, capsys, tmp_path):
 )
 def test_bad_flags_of_sample(arguments, named, trained, capsys):
     fails(capsys, sample.main, [f"--out_dir={trained}", "--device=cpu", *arguments], *named, touching=trained)
+
+
+@pytest.mark.parametrize("content, named", [(b"caf\xe9", "UTF-8"), (b"", "empty")])
+def test_bad_prompt_on_standard_input(content, named, trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    fails(capsys, sample.main, [f"--out_dir={trained}", "--device=cpu", "--prompt=-"], "--prompt", named)
 
 
 @pytest.mark.parametrize(

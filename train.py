@@ -110,8 +110,10 @@ def settle(given, saved):
             recipe = TINY if given.get("scale", Settings.scale) == "tiny" else {}
             settings = Settings(**(recipe | own_flags))
             config = UniPoolConfig.from_scale(settings.scale, settings.arch, **model_flags)
-            settings.decay_steps = settings.decay_steps or recipe.get("max_steps", Settings.max_steps)
-            settings.eval_tokens = settings.eval_tokens or 8 * settings.batch_size * config.block_size
+            if settings.decay_steps is None:
+                settings.decay_steps = recipe.get("max_steps", Settings.max_steps)
+            if settings.eval_tokens is None:
+                settings.eval_tokens = 8 * settings.batch_size * config.block_size
         else:
             for name, value in given.items():
                 fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
@@ -399,9 +401,10 @@ def run(argv):
             trim_metrics(metrics_path, step)
         else:
             keep_earlier_run(ckpt_path, metrics_path)
+        pools = f"{config.n_expert} experts in {config.n_pool} pool(s), top-{config.top_k}"
         print(
             f"model: {settings.arch} {settings.scale}, {model.num_params():,} parameters ({model.num_params(True):,} "
-            f"active), {config.n_expert} experts in {config.n_pool} pool(s), top-{config.top_k}\n"
+            f"active), {pools if config.n_expert else 'no experts'}\n"
             f"data: {data_dir}, {meta['train_tokens']:,} training tokens ({meta['tokenizer']})\n"
             f"step: {settings.batch_size * config.block_size:,} tokens, in {accumulation} micro-batch(es) of "
             f"{micro_batch_size} sequences on {world_size} {device.type} process(es)"
