@@ -152,8 +152,9 @@ def find_device(name):
     return device
 
 
-def find_data(settings, device, is_main):
+def find_data(settings, device):
     """The data folder: the one given, else the Pile's, or the standard library's for tiny and for trials on a CPU."""
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes on this machine
     pile, stdlib = SOURCES["pile"]["out_dir"], SOURCES["stdlib"]["out_dir"]
     data_dir = settings.data_dir
     if data_dir is None:
@@ -162,12 +163,12 @@ def find_data(settings, device, is_main):
             if device.type != "cpu":
                 raise BadInput(f"--data_dir: {pile} is missing: run python prepare_pile.py, or try --data_dir={stdlib}")
             data_dir = stdlib
-            if is_main:
+            if first_here:
                 print(f"{pile} is missing (python prepare_pile.py makes it): a trial on the standard library's sources")
-    if Path(data_dir) == Path(stdlib) and is_main and not Path(stdlib).exists():
+    if Path(data_dir) == Path(stdlib) and first_here and not Path(stdlib).exists():
         prepare(["stdlib"])
     while Path(data_dir) == Path(stdlib) and not Path(stdlib).exists():
-        time.sleep(0.1)  # until the main process has made it: it appears whole
+        time.sleep(0.1)  # until that process has made it: it appears whole
     return data_dir
 
 
@@ -343,7 +344,7 @@ def run(argv):
         torch.cuda.set_device(device)
 
     # ---- Data
-    data_dir = settings.data_dir = str(find_data(settings, device, is_main))
+    data_dir = settings.data_dir = str(find_data(settings, device))
     meta = read_meta(data_dir, config.vocab_size)
     if saved is not None and saved["tokenizer"] != meta["tokenizer"]:
         raise BadInput(
