@@ -44,6 +44,7 @@ SOURCES = {
     "files": dict(out_dir="data/files", tokenizer="gpt2", val_fraction=0.05, max_tokens=None),
 }
 VOCAB_SIZES = dict(gpt2=50257, bytes=257)  # with <|endoftext|>
+SHARD_TOKENS = 10**8  # 200 MB
 BATCH_CHARS = 2**20  # text handed to a worker at a time
 TEXT_PIECE = 2**20  # a plain text file is cut at line ends into documents of about so many bytes: memory stays flat
 
@@ -361,8 +362,8 @@ class ShardWriter:
         self.file = None
 
 
-def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens=None, shard_tokens=10**8, workers=None,
-            skip_bad=False, quiet=False):  # fmt: skip
+def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens=None, shard_tokens=SHARD_TOKENS,
+            workers=None, skip_bad=False, quiet=False):  # fmt: skip
     """Tokenize `sources` (a list, see Reader) into the folder out_dir and return its meta.json as a dict.
 
     What is None takes SOURCES' value for this kind of source, `workers` the number of cores. Raises BadInput; then
@@ -374,11 +375,12 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     tokenizer = get_tokenizer(default["tokenizer"] if tokenizer is None else tokenizer)
     val_fraction = default["val_fraction"] if val_fraction is None else val_fraction
     max_tokens = default["max_tokens"] if max_tokens is None else max_tokens
-    workers = os.cpu_count() if workers is None else workers
+    max_tokens = math.inf if max_tokens is None else max_tokens
+    workers = (os.cpu_count() or 1) if workers is None else workers
     if not 0 < val_fraction < 1:
         raise BadInput(f"--val_fraction={val_fraction} must lie between 0 and 1, both excluded")
     for flag, value in dict(max_tokens=max_tokens, shard_tokens=shard_tokens, workers=workers).items():
-        if value is not None and value < 1:
+        if value < 1:
             raise BadInput(f"--{flag}={value} must be at least 1")
     try:
         out_dir = out_dir.resolve() if out_dir.is_symlink() else out_dir
@@ -400,14 +402,14 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
             )
             for documents in work:
                 for tokens, n_bytes, held_out in documents:
-                    if max_tokens is not None and train.tokens >= max_tokens:
+                    if train.tokens >= max_tokens:
                         break
                     (val if held_out else train).write(tokens)
                     bar.update(n_bytes)
                 elapsed = max(bar.format_dict["elapsed"], 1e-9)
                 total = train.tokens + val.tokens
                 bar.set_postfix_str(f"{total / 1e6:.1f}M tokens, {total / elapsed / 1e6:.2f}M tokens/s", refresh=False)
-                if max_tokens is not None and train.tokens >= max_tokens:
+                if train.tokens >= max_tokens:
                     work.close()
                     break
         train.close()
@@ -469,8 +471,8 @@ def read_meta(data_dir, vocab_size):
         raise BadInput(f"--data_dir={data_dir} is no folder: correct it, or make it by `{mend}`")
     try:
         meta = json.loads(path.read_text())
-        counts = [meta[name] for name in ("vocab_size", "train_tokens", "val_tokens")]
-        tokenizer = meta["tokenizer"]
+        tokenizer, n_vocab = meta["tokenizer"], meta["vocab_size"]
+        counts = (n_vocab, meta["train_tokens"], meta["val_tokens"])
         if not all(isinstance(count, int) for count in counts) or not isinstance(tokenizer, str):
             raise TypeError("a value of the wrong type")
     except FileNotFoundError:
@@ -479,14 +481,12 @@ def read_meta(data_dir, vocab_size):
         raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}): make the folder again") from None
     if tokenizer not in VOCAB_SIZES:
         raise BadInput(f"{path}: tokenizer {tokenizer!r} is unknown: prepare the data again by gpt2 or bytes")
-    if counts[0] != VOCAB_SIZES[tokenizer]:
+    if n_vocab != VOCAB_SIZES[tokenizer]:
+        raise BadInput(f"{path}: vocab_size={n_vocab}, but {tokenizer} has {VOCAB_SIZES[tokenizer]}: prepare it again")
+    if n_vocab > vocab_size:
         raise BadInput(
-            f"{path}: vocab_size={counts[0]}, but {tokenizer} has {VOCAB_SIZES[tokenizer]}: prepare it again"
-        )
-    if counts[0] > vocab_size:
-        raise BadInput(
-            f"{path}: tokenizer {tokenizer} has {counts[0]} tokens, the model only --vocab_size={vocab_size}: "
-            f"give --vocab_size={math.ceil(counts[0] / 64) * 64}, or data of another tokenizer"
+            f"{path}: tokenizer {tokenizer} has {n_vocab} tokens, the model only --vocab_size={vocab_size}: "
+            f"give --vocab_size={math.ceil(n_vocab / 64) * 64}, or data of another tokenizer"
         )
     return meta
 
@@ -538,8 +538,9 @@ class TokenData:
         self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.paths]
         checked = 0
         for path, shard in zip(self.paths, self.shards):
-            self.check(shard[: self.CHECKED - checked], path)
-            checked += len(shard[: self.CHECKED - checked])
+            start = shard[: self.CHECKED - checked]
+            self.check(start, path)
+            checked += len(start)
         n_tokens = sum(len(shard) for shard in self.shards)
         if n_tokens != meta[f"{split}_tokens"]:
             raise BadInput(
@@ -588,15 +589,23 @@ class TokenData:
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser, usual, pile = Parser(__doc__), SOURCES["files"], SOURCES["pile"]
     parser.add_argument("--source", nargs="+", default=["pile"], metavar="S",
                         help='pile, stdlib, or files, folders and quoted glob patterns: .jsonl, .jsonl.zst, .jsonl.gz, '
                              '.parquet (with a "text" column), or plain text')  # fmt: skip
     parser.add_argument("--out_dir", help="folder to make (data/pile, data/stdlib or data/files)")
     parser.add_argument("--tokenizer", choices=list(VOCAB_SIZES), help="(gpt2; bytes for stdlib)")
-    parser.add_argument("--val_fraction", type=float, help="share of documents held out (0.05; 0.001 for the Pile)")
-    parser.add_argument("--max_tokens", type=int, help=f"training tokens to stop at ({PAPER_TOKENS} for the Pile)")
-    parser.add_argument("--shard_tokens", type=int, default=10**8, help="tokens in a training shard (%(default)s)")
+    parser.add_argument(
+        "--val_fraction",
+        type=float,
+        help=f"share of documents held out ({usual['val_fraction']}; {pile['val_fraction']} for the Pile)",
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, help=f"training tokens to stop at ({pile['max_tokens']} for the Pile)"
+    )
+    parser.add_argument(
+        "--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens in a training shard (%(default)s)"
+    )
     parser.add_argument("--workers", type=int, help="threads that tokenize (all cores)")
     parser.add_argument("--skip_bad", action="store_true", help="leave out and count bad lines and files")
     args = vars(parser.parse_args(argv))

@@ -115,8 +115,8 @@ def settle(given, saved):
             if settings.eval_tokens is None:
                 settings.eval_tokens = 8 * settings.batch_size * config.block_size
         else:
+            fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
             for name, value in given.items():
-                fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
                 if name in fixed and value != fixed[name]:
                     raise BadInput(
                         f"--{name}={value}, but the checkpoint in {given.get('out_dir', Settings.out_dir)} was trained "
@@ -179,6 +179,12 @@ def read_batch(data, indices, device):
         tokens = tokens.pin_memory()
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def autocast(device):
+    """The context of the forward pass: bf16 products on a GPU that has them, else nothing."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def learning_rate(step, settings):
@@ -294,7 +300,7 @@ def pool_utilisation(usage, n_pool):
 
 
 @torch.no_grad()
-def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, device, autocast):
+def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, device):
     """Mean cross-entropy in nats a token over at least one and about eval_tokens tokens; each process takes a part."""
     model.eval()
     count = max(1, min(len(data), eval_tokens // data.block_size))
@@ -302,7 +308,7 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
     total = torch.zeros(2, device=device)  # sum of losses, number of sequences
     for i in range(0, len(indices), micro_batch_size):
         x, y = read_batch(data, indices[i : i + micro_batch_size], device)
-        with autocast():
+        with autocast(device):
             total[0] += model(x, y).loss * len(x)
         total[1] += len(x)
     if world_size > 1:
@@ -380,11 +386,6 @@ def run(argv):
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise BadInput(f"{ckpt_path}: its optimizer state is damaged ({error}): use another checkpoint") from None
         del saved
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-    def autocast():
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-
     use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
     runner = forward = torch.compile(model) if use_compile else model
     if world_size > 1:
@@ -437,7 +438,7 @@ def run(argv):
             x, y = read_batch(train_data, indices[i * micro_batch_size :][:micro_batch_size], device)
             last = i == accumulation - 1
             with contextlib.nullcontext() if world_size == 1 or last else runner.no_sync():
-                with autocast():
+                with autocast(device):
                     out = runner(x, y)
                     loss = out.loss + config.balance_coef * out.balance_loss
                 (loss / accumulation).backward()
@@ -464,13 +465,14 @@ def run(argv):
 
         if logging:
             train_loss, balance_loss = losses.tolist()  # waits for the GPU
+            grad_norm = grad_norm.item()
             if not math.isfinite(train_loss) or not math.isfinite(grad_norm):
                 raise BadInput(
                     f"--lr={settings.lr}: step {step} has a loss of {train_loss} and a gradient of norm {grad_norm}; "
                     f"stopped, and {ckpt_path} is left as it was: try a lower --lr"
                 )
             tokens_per_second = window_tokens / (time.perf_counter() - window_start)
-            line = dict(step=step, train_loss=train_loss, balance_loss=balance_loss, lr=lr, grad_norm=grad_norm.item(),
+            line = dict(step=step, train_loss=train_loss, balance_loss=balance_loss, lr=lr, grad_norm=grad_norm,
                         tokens=position * config.block_size, tokens_per_second=tokens_per_second)  # fmt: skip
             if config.n_expert:
                 line["pool_utilisation"], line["dead_experts"] = pool_utilisation(usage, config.n_pool)
@@ -478,7 +480,7 @@ def run(argv):
                 line["mfu"] = tokens_per_second * model.flops_per_token() / (peak * world_size)
             if evaluating:
                 line["val_loss"] = validate(
-                    forward, val_data, settings.eval_tokens, micro_batch_size, rank, world_size, device, autocast
+                    forward, val_data, settings.eval_tokens, micro_batch_size, rank, world_size, device
                 )
             if is_main:
                 with open(metrics_path, "a") as file:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from prepare_pile import Parser, run_command
-from train import LARGEST_MICRO_BATCH, find_device
+from train import LARGEST_MICRO_BATCH, Settings, autocast, find_device
 from unipool import ARCHS, SCALES, UniPool, UniPoolConfig
 
 HERE = Path(__file__).parent
@@ -41,16 +41,16 @@ def make_step(config, batch_size, device):
     torch.manual_seed(0)
     with torch.device(device):
         model = UniPool(config).to(device)
-    optimizer = model.configure_optimizer(5e-4, 0.01, (0.9, 0.999), 1e-8)
+    betas = (Settings.beta1, Settings.beta2)
+    optimizer = model.configure_optimizer(Settings.lr, Settings.weight_decay, betas, Settings.adam_eps)
     idx = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def step():
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        with autocast(device):
             out = model(idx[:, :-1], idx[:, 1:])
             loss = out.loss + config.balance_coef * out.balance_loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), Settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
