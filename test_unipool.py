@@ -26,7 +26,18 @@ import sample
 import train
 import unipool
 from prepare_pile import BadInput, get_tokenizer, prepare, run_command
-from unipool import ARCHS, BALANCES, ROUTERS, SCALES, ExpertPool, NormRouter, UniPool, UniPoolConfig
+from unipool import (
+    ARCHS,
+    BALANCES,
+    ROUTERS,
+    SCALES,
+    ExpertPool,
+    NormRouter,
+    PoolGradient,
+    PoolWeights,
+    UniPool,
+    UniPoolConfig,
+)
 
 HERE = Path(__file__).parent
 PAPER_SCALES = [scale for scale in SCALES if scale != "tiny"]
@@ -520,7 +531,7 @@ def test_gradient_of_a_pool_is_the_sum_over_its_layers(n_pool):
     for l in range(4):
         pool = model.pools[l * n_pool // 4]
         copies.append([p.detach().clone().requires_grad_() for p in (pool.gate_up, pool.down)])
-    forward_with_weights(model, idx, copies).backward()
+    forward_with_weights(model, idx, [PoolWeights(*pair, None) for pair in copies]).backward()
     for g, pool in enumerate(model.pools):
         layers = range(g * 4 // n_pool, (g + 1) * 4 // n_pool)
         assert all(copies[l][0].grad.abs().sum() > 0 for l in layers), "a layer of the pool contributes nothing"
@@ -543,6 +554,399 @@ def test_as_many_pools_as_layers_are_private_experts():
             y = y + probabilities[:, i : i + 1] * ((F.silu(gate) * up) @ model.pools[l].down[i])  # both of two: top-2
         x = x + y.view_as(x)
     torch.testing.assert_close(model(idx).logits, model.head(model.norm(x)), rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pool's gradient in one pass, against autograd's
+
+
+def gradients(model, loss):
+    """Every parameter's gradient of loss(model), from a clean start; the name of the switch says who made them."""
+    model.zero_grad()
+    loss(model).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_one_pass_is_autograd(model, loss, **tolerance):
+    model.one_pass = True
+    got = gradients(model, loss)
+    model.one_pass = False
+    expected = gradients(model, loss)
+    assert got.keys() == expected.keys()
+    assert expected["pools.0.gate_up"].abs().sum() > 0, "a test on zeros shows nothing"
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def training_loss(model, idx=None):
+    idx = random_tokens(model.config) if idx is None else idx
+    out = model(idx, idx)
+    return out.loss + out.balance_loss
+
+
+@pytest.fixture(params=["in place", "one product", "one product in chunks"])
+def way(request, monkeypatch):
+    """The CPU's way and the GPU's; the latter with fp32, for which a CPU too has the grouped product."""
+    if request.param != "in place":
+        if not hasattr(F, "grouped_mm"):
+            pytest.skip("this torch has no grouped_mm")
+        monkeypatch.setattr(unipool, "in_one_product", lambda tensor: True)
+        monkeypatch.setattr(PoolGradient, "capacity", 0.02 if "chunks" in request.param else 1000)
+    return request.param
+
+
+def one_pass_model(way, **overrides):
+    return small_model(**overrides).to(torch.float64 if way == "in place" else torch.float32)
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(top_k=2), dict(n_pool=2, top_k=2), dict(n_pool=4), dict(n_expert=64)])
+def test_one_pass_gives_autograds_gradient(way, fields):
+    """n_expert=64: most experts have no token in a layer, and some in none."""
+    model = one_pass_model(way, **fields)
+    assert_one_pass_is_autograd(model, training_loss)
+    if "n_expert" in fields:
+        used = model(random_tokens(model.config)).usage.sum(dim=0) > 0
+        assert 0 < used.sum() < 64, "the test needs experts without tokens"
+        for p in model.pools[0].parameters():
+            assert (p.grad[~used] == 0).all(), "an expert without tokens must get a gradient of exactly zero"
+
+
+def test_one_pass_adds_up_early_when_the_records_grow(way, monkeypatch):
+    """Once for all layers where there is room, else as often as the room asks for; on a CPU after each layer."""
+    calls = []
+    real = PoolGradient.add_up
+    monkeypatch.setattr(PoolGradient, "add_up", lambda self: calls.append(len(self.records)) or real(self))
+    training_loss(one_pass_model(way)).backward()
+    assert calls == ([4] if way == "one product" else [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(n_pool=2, top_k=2)])
+def test_one_pass_over_micro_batches(way, fields):
+    model = one_pass_model(way, **fields)
+
+    def accumulate(model):
+        for seed in (1, 2):
+            training_loss(model, random_tokens(model.config, seed=seed)).backward()
+        return training_loss(model, random_tokens(model.config, seed=3))
+
+    assert_one_pass_is_autograd(model, accumulate)
+
+
+def test_one_pass_with_recomputation(way):
+    model = one_pass_model(way, top_k=2)
+    plain = gradients(model, training_loss)
+    model.recompute = True
+    assert_one_pass_is_autograd(model, training_loss)
+    for name, grad in gradients(model, training_loss).items():
+        torch.testing.assert_close(grad, plain[name], msg=lambda m, name=name: f"recomputation changes {name}: {m}")
+
+
+def test_recomputation_keeps_less():
+    """Bytes that autograd keeps for the backward pass, the weights left out."""
+
+    def kept(recompute):
+        model = small_model(n_layer=8, n_hidden=256)
+        model.recompute = recompute
+        own = {p.data_ptr() for p in model.parameters()}
+        tensors = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in own:
+                tensors[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        idx = random_tokens(model.config)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = training_loss(model, idx)
+        assert loss.requires_grad
+        return sum(tensors.values())
+
+    assert kept(True) < kept(False) / 4
+
+
+def test_one_pass_when_the_output_of_layers_is_not_used(way):
+    """The loss looks at the second of four layers: the others run, but no gradient reaches them."""
+    model = one_pass_model(way)
+    idx = random_tokens(model.config)
+
+    def early_exit(model):
+        x, weights, after = model.embedding(idx), model.pools[0].weights(model.one_pass), []
+        for block in model.blocks:
+            x, _, _ = block(x, model.rope[:, : idx.size(1)], weights)
+            after.append(x)
+        return after[1].square().sum()
+
+    assert_one_pass_is_autograd(model, early_exit)
+
+
+def test_one_pass_twice_over_one_graph(way):
+    model = one_pass_model(way)
+    once = gradients(model, training_loss)
+    model.zero_grad()
+    loss = training_loss(model)
+    torch.autograd.grad(loss, model.embedding.weight, retain_graph=True)  # a pass that never asks for the pool's
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * once[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_one_pass_with_evaluation_and_another_forward_in_between(way):
+    model = one_pass_model(way)
+    expected = gradients(model, training_loss)
+    model.zero_grad()
+    loss, other = training_loss(model), training_loss(model, random_tokens(model.config, seed=2))
+    with torch.no_grad():
+        model.eval()(random_tokens(model.config, seed=3))
+    model.generate(random_tokens(model.config, length=3), 2)
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+    assert other.requires_grad
+
+
+def test_one_pass_after_an_exception_in_the_middle_of_a_backward_pass(way):
+    model = one_pass_model(way)
+    expected = gradients(model, training_loss)
+
+    def fail(grad):
+        raise ZeroDivisionError
+
+    model.zero_grad()
+    loss = training_loss(model)
+    hook = model.blocks[1].attention.qkv.weight.register_hook(fail)  # two layers have recorded by then
+    with pytest.raises(ZeroDivisionError):
+        loss.backward(retain_graph=True)
+    hook.remove()
+    model.zero_grad()
+    loss.backward()
+    again = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for name, grad in gradients(model, training_loss).items():
+        torch.testing.assert_close(again[name], expected[name], msg=lambda m, name=name: f"same graph, {name}: {m}")
+        torch.testing.assert_close(grad, expected[name], msg=lambda m, name=name: f"next step, {name}: {m}")
+
+
+def test_one_pass_adds_what_other_uses_of_the_weights_give(way):
+    """Say, a fork's penalty on the weights that the layers use."""
+    model = one_pass_model(way)
+    idx = random_tokens(model.config)
+
+    def penalised(model):
+        x, weights = model.embedding(idx), model.pools[0].weights(model.one_pass)
+        for block in model.blocks:
+            x, _, _ = block(x, model.rope[:, : idx.size(1)], weights)
+        return x.square().sum() + weights.down.square().sum()
+
+    assert_one_pass_is_autograd(model, penalised)
+
+
+def test_one_pass_with_reentrant_checkpointing(way, monkeypatch):
+    """There each layer's backward is a pass of its own."""
+    model = one_pass_model(way)
+    expected = gradients(model, training_loss)
+    real = unipool.checkpoint
+    monkeypatch.setattr(unipool, "checkpoint", lambda f, *args, use_reentrant: real(f, *args, use_reentrant=True))
+    model.recompute = True
+    for name, grad in gradients(model, training_loss).items():
+        torch.testing.assert_close(grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_one_pass_refuses_weights_that_no_layer_used():
+    """Better no gradient than a part of one, where layers cannot have recorded in this backward pass."""
+    weights = small_model().pools[0].weights()
+    with pytest.raises(RuntimeError, match="one_pass = False"):
+        weights.down.sum().backward()
+
+
+def test_gradient_of_swiglu():
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    dh = torch.randn(5, 6, dtype=torch.float64)
+    expected = torch.autograd.grad(unipool.swiglu(hidden), hidden, dh)[0]
+    h, got = unipool.swiglu_backward(hidden.detach(), dh)
+    torch.testing.assert_close(h, unipool.swiglu(hidden))
+    torch.testing.assert_close(got, expected)
+
+
+def test_pool_is_cast_once_a_step():
+    """bf16 copies serve all micro-batches of a step and no other step, however the weights are updated."""
+    model = small_model()
+    pool, casts = model.pools[0], []
+
+    def micro_batch():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = training_loss(model)
+        casts.append(pool.copies)
+        loss.backward()
+
+    for _ in range(3):
+        micro_batch()
+    assert casts[0] is casts[1] is casts[2], "one cast for the micro-batches of a step"
+    with torch.no_grad():
+        pool.down.add_(1.0)
+    micro_batch()
+    assert torch.equal(casts[3][1], pool.down.bfloat16()), "an update between micro-batches must be seen"
+    pool.down.data.add_(1.0)  # which no version counter sees
+    model.zero_grad()
+    micro_batch()
+    assert torch.equal(casts[4][1], pool.down.bfloat16()), "a new step must cast anew"
+    assert pool.gate_up.grad.dtype == torch.float32 and "copies" not in str(model.state_dict().keys())
+
+
+def bf16_errors(model, idx):
+    """Of the pool's gradients under autocast, against fp32: {name: (autograd's, one pass's)}, as norms."""
+    results = {}
+    for name, one_pass, enabled in [("exact", False, False), ("autograd", False, True), ("one pass", True, True)]:
+        model.one_pass = one_pass
+
+        def loss(model, enabled=enabled):
+            with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=enabled):
+                return training_loss(model, idx)
+
+        results[name] = gradients(model, loss)
+    return {
+        name: [(results[k][name] - results["exact"][name]).norm().item() for k in ("autograd", "one pass")]
+        for name in ("pools.0.gate_up", "pools.0.down")
+    }
+
+
+def test_one_pass_in_bf16_is_as_exact_as_autograd():
+    model = small_model()
+    for name, (autograd, one_pass) in bf16_errors(model, random_tokens(model.config)).items():
+        assert 0 < one_pass <= 1.1 * autograd, f"{name}: {one_pass} against {autograd}"
+
+
+def sharded_process(rank, folder):
+    """One of two: the root sharded by fully_shard, two micro-batches of which the last communicates."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = small_model()
+    fully_shard(model, reshard_after_forward=False)
+    for micro_batch in range(2):
+        model.set_requires_gradient_sync(micro_batch == 1)
+        idx = random_tokens(model.config, batch=4, seed=micro_batch)[2 * rank :][:2]
+        (model(idx, idx, keep_logits=False).loss / 2).backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(grads, f"{folder}/grads.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_one_pass_with_the_root_sharded(tmp_path):
+    torch.multiprocessing.spawn(sharded_process, (str(tmp_path),), nprocs=2)
+    sharded = torch.load(tmp_path / "grads.pt", weights_only=True)
+    model = small_model()
+    model.one_pass = False
+
+    def both(model):
+        batches = [random_tokens(model.config, batch=4, seed=micro_batch) for micro_batch in range(2)]
+        return sum(model(idx, idx).loss for idx in batches) / 2
+
+    for name, grad in gradients(model, both).items():
+        torch.testing.assert_close(sharded[name], grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_compiled_one_pass():
+    """Same gradients; one graph break a MoE layer and one for handing out the pool; nothing compiled after step one."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    model = small_model(n_layer=2)
+    expected = gradients(model, training_loss)
+    compiled = torch.compile(model)
+    counters.clear()
+    idx = random_tokens(model.config)
+
+    def step():
+        model.zero_grad()
+        out = compiled(idx, idx, keep_logits=False)
+        (out.loss + out.balance_loss).backward()
+
+    step()
+    reasons = " ".join(counters["graph_break"])
+    graphs = counters["stats"]["unique_graphs"]
+    assert len(counters["graph_break"]) <= 2 and "run_experts" in reasons, reasons
+    for _ in range(2):
+        step()
+    assert counters["stats"]["unique_graphs"] == graphs, "something was compiled again"
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(
+            p.grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("n_expert", [8, 64])
+def test_one_pass_on_a_gpu(n_expert):
+    model = small_model(n_expert=n_expert).cuda()
+    for name, (autograd, one_pass) in bf16_errors(model, random_tokens(model.config).cuda()).items():
+        assert 0 < one_pass <= 1.1 * autograd, f"{name}: {one_pass} against {autograd}"
+
+
+@on_gpu
+def test_a_step_on_a_gpu_never_waits():
+    model = small_model().cuda()
+    optimizer = model.configure_optimizer(1e-3, 0.01, (0.9, 0.99), 1e-8)
+    idx = random_tokens(model.config).cuda()
+    for mode in ("default", "error"):  # the first step may wait
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = training_loss(model, idx)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss in chunks
+
+
+@pytest.mark.parametrize("chunk", [7, 4096])
+def test_loss_in_chunks_is_the_loss(chunk, monkeypatch):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy: the whole logits are made")
+    monkeypatch.setattr(unipool, "LOSS_CHUNK", chunk)
+    model = small_model()
+    idx, targets = random_tokens(model.config), random_tokens(model.config, seed=2)
+    targets[0, 3:9] = -1
+    out = model(idx, targets, keep_logits=False)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, model(idx, targets).loss)
+    in_chunks = gradients(model, lambda model: model(idx, targets, keep_logits=False).loss)
+    for name, grad in gradients(model, lambda model: model(idx, targets).loss).items():
+        torch.testing.assert_close(in_chunks[name], grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_loss_in_chunks_never_holds_all_logits(monkeypatch):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy: the whole logits are made")
+    monkeypatch.setattr(unipool, "LOSS_CHUNK", 8)
+    model = small_model(vocab_size=8192)  # logits of 48 tokens: 1.5 MB; the head's weights and gradient: 1 MB
+    idx = random_tokens(model.config)
+    largest = {}
+    for keep_logits in (True, False):
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model(idx, idx, keep_logits=keep_logits).loss.backward()
+        model.zero_grad()
+        largest[keep_logits] = max(event.cpu_memory_usage for event in profile.events())
+    assert largest[True] >= 48 * 8192 * 4 > largest[False], largest
+
+
+def test_loss_without_the_library_function(monkeypatch):
+    """Older torch: the same loss, from whole logits."""
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    model = small_model()
+    idx = random_tokens(model.config)
+    out = model(idx, idx, keep_logits=False)
+    assert out.logits is None and torch.equal(out.loss, model(idx, idx).loss)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -597,6 +1001,29 @@ def test_cache_gives_the_full_forward_pass():
     caches = [unipool.KVCache(3, model.config, idx.device, torch.float32) for _ in model.blocks]
     pieces = [model.trunk(idx[:, :6], caches)[0]] + [model.trunk(idx[:, t : t + 1], caches)[0] for t in range(6, 16)]
     torch.testing.assert_close(model.head(torch.cat(pieces, dim=1)), full, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_one_token_touches_only_the_chosen_experts_weights(top_k):
+    """The others are not a number: one product with them would show."""
+    model = small_model(top_k=top_k)
+    idx = random_tokens(model.config, batch=1, length=6)
+    caches = [unipool.KVCache(1, model.config, idx.device, torch.float32) for _ in model.blocks]
+    with torch.no_grad():
+        expected = model(idx).logits[:, -1]
+        model.trunk(idx[:, :5], caches)
+        for cache in caches:
+            assert cache.length == 5
+        _, f, _ = model.trunk(idx[:, 5:], caches)
+        assert torch.allclose(f.sum(dim=1), torch.ones(4)) and ((f > 0).sum(dim=1) == top_k).all()
+        unused = f.sum(dim=0) == 0
+        assert unused.any(), "the test needs experts that no layer chose"
+        for p in model.pools[0].parameters():
+            p[unused] = torch.nan
+        for cache in caches:
+            cache.length = 5
+        x, _, _ = model.trunk(idx[:, 5:], caches)
+    torch.testing.assert_close(model.head(x[:, -1]), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", [dict(), dict(n_pool=4, router="softmax", top_k=2), dict(n_expert=0)])
@@ -658,7 +1085,7 @@ def test_it_overfits_one_batch(arch):
     model = UniPool(UniPoolConfig.from_scale("tiny", arch, n_layer=2, n_embd=64, block_size=32, vocab_size=64))
     idx = torch.randint(64, (4, 33))  # random tokens: nothing but memory brings the loss below ln 64 = 4.16
     optimizer = model.configure_optimizer(3e-3, 0.0, (0.9, 0.99), 1e-8)
-    for _ in range(120):
+    for _ in range(200):
         out = model(idx[:, :-1], idx[:, 1:])
         (out.loss + model.config.balance_coef * out.balance_loss).backward()
         optimizer.step()

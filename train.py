@@ -70,6 +70,8 @@ class Settings:
     ckpt_interval: int = flag(1000, "steps between checkpoints")
     log_interval: int = flag(10, "steps between lines of metrics.jsonl")
     compile: bool | None = flag(None, "use torch.compile (on for CUDA)")
+    recompute: bool = flag(False, "keep no activations within layers: less memory, about a third more time")
+    one_pass: bool = flag(True, "the pool's gradient in one pass; --no-one_pass leaves it to autograd")
     resume: bool = flag(False, "go on from --out_dir/ckpt.pt; flags not given keep the checkpoint's values")
 
 
@@ -91,11 +93,11 @@ def parse_flags(argv):
         for f in fields(cls):
             kind = (typing.get_args(f.type) or (f.type,))[0]  # int, also of `int | None`
             if kind is bool:
-                options = dict(action=argparse.BooleanOptionalAction if f.default is None else "store_true")
+                options = dict(action="store_true" if f.default is False else argparse.BooleanOptionalAction)
             else:
                 options = dict(type=kind, choices=CHOICES.get(f.name))
                 options["metavar"] = None if f.name in CHOICES else kind.__name__
-            default = "" if f.default in (None, False) else f" ({f.default})"
+            default = "" if f.default in (None, False, True) else f" ({f.default})"
             group.add_argument(f"--{f.name}", help=f.metadata.get("help", "") + default, **options)
     return vars(parser.parse_args(argv))
 
@@ -309,7 +311,7 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
     for i in range(0, len(indices), micro_batch_size):
         x, y = read_batch(data, indices[i : i + micro_batch_size], device)
         with autocast(device):
-            total[0] += model(x, y).loss * len(x)
+            total[0] += model(x, y, keep_logits=False).loss * len(x)
         total[1] += len(x)
     if world_size > 1:
         dist.all_reduce(total)
@@ -375,6 +377,7 @@ def run(argv):
             ) from None
     else:
         model = load_model(saved, ckpt_path, device)
+    model.recompute, model.one_pass = settings.recompute, settings.one_pass
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
     step = position = 0  # optimizer steps done, training sequences seen
@@ -439,12 +442,11 @@ def run(argv):
             last = i == accumulation - 1
             with contextlib.nullcontext() if world_size == 1 or last else runner.no_sync():
                 with autocast(device):
-                    out = runner(x, y)
+                    out = runner(x, y, keep_logits=False)
                     loss = out.loss + config.balance_coef * out.balance_loss
                 (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             usage = usage + out.usage.detach() / accumulation
-            del out, loss  # the logits, before the next micro-batch makes its own
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -199,8 +201,8 @@ class Attention(nn.Module):
         """x: (B, T, C), rope: (2, T, D/2) of these T positions -> (B, T, C). With a cache, T > 1 only to fill it."""
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 * n_kv_head, T, D)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        qk, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=1)
+        q, k = apply_rope(qk, rope).split([self.n_head, self.n_kv_head], dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
         # A single new token may look at everything before it, so only longer inputs need the causal mask.
@@ -300,58 +302,248 @@ class ExpertPool(nn.Module):
         self.down = nn.Parameter(torch.empty(n_expert, n_hidden, n_embd))
         nn.init.normal_(self.gate_up, std=n_embd**-0.5)  # for use by itself; UniPool.init_weights draws both anew
         nn.init.normal_(self.down, std=n_hidden**-0.5)
+        self.copies = self.cast_key = None  # see cast()
 
-    def weights(self):
-        """(gate_up, down) in the dtype of the matrix products, which is autocast's where that is on.
+    @torch.compiler.disable
+    def weights(self, one_pass=True):
+        """The PoolWeights that a forward pass takes once and hands to all layers.
 
-        Taken once a forward pass and handed to all layers, so that the pool is cast once and not once a layer.
+        one_pass: their gradients by PoolGradient, below; False leaves them to autograd. Same values, other speed.
         """
-        device = self.gate_up.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.gate_up.dtype
-        return self.gate_up.to(dtype), self.down.to(dtype)
+        dtype = product_dtype(self.gate_up)
+        if not (one_pass and torch.is_grad_enabled() and self.gate_up.requires_grad):
+            return PoolWeights(self.gate_up.to(dtype), self.down.to(dtype), None)
+        gradient = PoolGradient()
+        return PoolWeights(*HandOut.apply(self.gate_up, self.down, *self.cast(dtype), gradient), gradient)
+
+    def cast(self, dtype):
+        """gate_up and down in `dtype`. Copies are kept while micro-batches add up gradients and nothing is updated."""
+        key = dtype, self.gate_up._version, self.down._version
+        if self.gate_up.grad is None or key != self.cast_key:
+            self.copies = None  # frees the old ones first
+            self.copies, self.cast_key = (self.gate_up.detach().to(dtype), self.down.detach().to(dtype)), key
+        return self.copies
 
     def forward(self, x, gates, experts):
         """x: (N, C), gates: (N, k), experts: (N, k) int64 -> (N, C): the sum over k of gate * expert(x), Eq. 2.
 
-        For one use by itself. UniPool takes weights() once and calls expert_ffn in every layer.
+        For one use by itself, in the three steps that Block takes with the model's weights().
         """
-        return expert_ffn(x, gates, experts, *self.weights())
+        weights = self.weights()
+        rows, order, ends = dispatch(x.to(weights.down.dtype), experts, len(self.down))
+        return combine(run_experts(rows, ends, weights, fuse=False), order, gates).to(x.dtype)
 
 
-@torch.compiler.disable  # torch.compile cannot trace a grouped product in fp32: one graph break a layer
-def expert_ffn(x, gates, experts, gate_up, down):
-    """Eq. 2: FFN(x) = sum over the k chosen experts i of gate_i * e_i(x). No capacity: no token is ever dropped.
+class PoolWeights(NamedTuple):
+    """A pool's weights in the dtype of the matrix products, which is autocast's where that is on."""
 
-    x: (N, C), gates: (N, k), experts: (N, k) int64, gate_up: (M, C, 2H), down: (M, H, C) -> (N, C) in x's dtype.
+    gate_up: torch.Tensor  # (M, C, 2H)
+    down: torch.Tensor  # (M, H, C)
+    gradient: "PoolGradient | None"  # what makes their gradients; None is autograd
+
+
+def product_dtype(weight):
+    """The dtype of matrix products with `weight`: autocast's where that is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def dispatch(x, experts, n_expert):
+    """Sort the R = N * k (token, choice) pairs by expert, so that each expert's inputs lie next to each other.
+
+    x: (N, C), experts: (N, k) int64 -> rows (R, C), the order (which pair each row is, and which row each pair), and
+    ends (M,): the rows of expert i are ends[i-1] ... ends[i]-1. No capacity: no token is ever dropped.
     """
-    (N, k), n_expert = experts.shape, gate_up.size(0)
-    # Dispatch: sort the N * k (token, choice) pairs by expert, so that each expert's inputs lie next to each other.
-    expert_of_row, pair_of_row = experts.flatten().sort(stable=True)  # (N * k,) each
-    ends = torch.searchsorted(expert_of_row, torch.arange(n_expert, device=x.device), right=True)  # (M,)
-    rows = x.to(gate_up.dtype).index_select(0, pair_of_row // k)  # (N * k, C)
-
-    gate, up = grouped_linear(rows, gate_up, ends).chunk(2, dim=-1)  # (N * k, H) each
-    rows = grouped_linear(F.silu(gate) * up, down, ends)  # (N * k, C)
-
-    # Back to the order of the tokens, and the weighted sum over each token's k choices.
+    (N, k), C = experts.shape, x.size(1)
+    expert_of_row, pair_of_row = experts.flatten().sort(stable=True)  # (R,) each
     row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(N * k, device=x.device))
-    y = rows.index_select(0, row_of_pair).view(N, k, -1) * gates.unsqueeze(-1)  # (N, k, C)
-    return y.sum(dim=1).to(x.dtype)
+    ends = torch.searchsorted(expert_of_row, torch.arange(n_expert, device=x.device), right=True)
+    pairs = x.unsqueeze(1).expand(N, k, C).reshape(N * k, C)
+    return Permute.apply(pairs, pair_of_row, row_of_pair), (pair_of_row, row_of_pair), ends
+
+
+def combine(rows, order, gates):
+    """Eq. 2: FFN(x) = sum over the k chosen experts i of gate_i * e_i(x). rows: (R, C), gates: (N, k) -> (N, C)."""
+    pair_of_row, row_of_pair = order
+    y = Permute.apply(rows, row_of_pair, pair_of_row).view(*gates.shape, -1) * gates.unsqueeze(-1)  # (N, k, C)
+    return y.sum(dim=1)
+
+
+def one_token_ffn(x, gates, experts, weights):
+    """The same for one token without a gradient, as in decoding: only its k experts' weights are touched. -> (1, C)."""
+    return sum(
+        gate * (swiglu(x @ weights.gate_up[i]) @ weights.down[i]) for gate, i in zip(gates[0], experts[0].tolist())
+    )
+
+
+class Permute(torch.autograd.Function):
+    """x[order]. The inverse order is known, so the gradient is a gather too: autograd's own would be a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
+def run_experts(rows, ends, weights, fuse):
+    """e_i(x) for the rows x of every expert i. rows: (R, C), ends: (M,), weights: PoolWeights -> (R, C), of one dtype.
+
+    fuse: compile what lies between the products.
+    """
+    if weights.gradient is not None:
+        return PoolFFN.apply(rows, ends, *weights, fuse)
+    hidden = grouped_linear(rows, weights.gate_up, ends)  # (R, 2H)
+    return grouped_linear(maybe_compiled(swiglu, fuse)(hidden), weights.down, ends)
+
+
+def swiglu(hidden):
+    """silu(gate) * up, for gate and up side by side in hidden: (..., 2H) -> (..., H)."""
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def grouped_linear(rows, weight, ends):
-    """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out).
-
-    One fused grouped product where that is the fast way: fp32 on a CPU, bf16 on a GPU. Elsewhere (older torch, bf16 on
-    a CPU, widths that are not a multiple of 16 bytes) a loop over the experts that have rows.
-    """
-    fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(rows.device.type)
-    aligned = weight.size(1) * weight.element_size() % 16 == 0 and weight.size(2) * weight.element_size() % 16 == 0
-    if hasattr(F, "grouped_mm") and rows.dtype == fast_dtype and aligned:
+    """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
+    if has_grouped_product(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # on a CPU it visits all experts
         return F.grouped_mm(rows, weight, offs=ends.int())
+    return torch.cat([x @ w for x, w in by_expert(ends, [rows], [weight])])
+
+
+def has_grouped_product(weight):
+    """Where there is one that is fast. Else (fp64, bf16 on a CPU, fp32 on a GPU, odd widths) experts go one by one."""
+    fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(weight.device.type)
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    return hasattr(F, "grouped_mm") and weight.dtype == fast_dtype and aligned
+
+
+def in_one_product(tensor):
+    return tensor.is_cuda and has_grouped_product(tensor)
+
+
+def by_expert(ends, tensors, weights):
+    """For each expert that has rows: its part of the tensors (R, ...), then its part of the weights (M, ...)."""
     ends = ends.tolist()
-    pieces = [rows[start:end] @ w for w, start, end in zip(weight.unbind(0), [0, *ends], ends) if end > start]
-    return torch.cat(pieces)  # (R, out)
+    for i, (start, end) in enumerate(zip([0, *ends], ends)):
+        if end > start:
+            yield *(t[start:end] for t in tensors), *(w[i] for w in weights)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
+
+
+def maybe_compiled(function, fuse):
+    return compiled(function) if fuse else function
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pool's gradient in one pass. Autograd would make a full-size gradient of a weight W for each of the L layers that
+# use it, and add them up. But dW_i = sum_l X_li^T dY_li = X_i^T dY_i, with expert i's rows of all layers in X_i, dY_i:
+# so the layers record X and dY, and one product makes dW when all have. (On a CPU each layer adds its part in place.)
+
+
+class PoolGradient:
+    """The gradients of a pool's two weights, in the making during a backward pass."""
+
+    capacity = 2  # records take at most so many times the weights' memory, and one layer's more; then they are added up
+
+    def __init__(self):
+        self.backward_pass, self.totals, self.records = None, [None, None], []
+
+    def record(self, weights, ends, *pairs):
+        """One layer's x (R, in) and dy (R, out), sorted by expert, for each of the two weights."""
+        current = torch._C._current_graph_task_id()
+        if current != self.backward_pass:  # what an earlier backward pass left that failed half-way does not count
+            self.backward_pass, self.totals, self.records = current, [None, None], []
+        self.records.append((ends, *pairs))
+        recorded = sum(x.numel() + dy.numel() for _, *pairs in self.records for x, dy in pairs)
+        if not in_one_product(weights[0]) or recorded > self.capacity * sum(w.numel() for w in weights):
+            self.add_up()
+
+    def add_up(self):
+        ends, *uses = zip(*self.records)
+        self.totals = [add_products(total, ends, *zip(*pairs)) for total, pairs in zip(self.totals, uses)]
+        self.records = []
+
+    def take(self):
+        """The gradients of gate_up and down, complete."""
+        if torch._C._current_graph_task_id() != self.backward_pass:
+            raise RuntimeError("no layer has recorded: use checkpoint(..., use_reentrant=False), or one_pass = False")
+        if self.records:
+            self.add_up()
+        totals, self.totals = self.totals, [None, None]
+        return totals
+
+
+def add_products(total, ends, xs, dys):
+    """total (M, in, out; None: zeros) + X_i^T dY_i for every expert i. Tuples of ends (M,), x (R, in), dy (R, out)."""
+    n_expert, width_in, width_out = len(ends[0]), xs[0].size(1), dys[0].size(1)
+    if not in_one_product(xs[0]):
+        total = xs[0].new_zeros(n_expert, width_in, width_out) if total is None else total
+        for e, x, dy in zip(ends, xs, dys):
+            for x_i, dy_i, total_i in by_expert(e, [x, dy], [total]):
+                total_i.addmm_(x_i.t(), dy_i)
+        return total
+    # The rows of all uses are sorted by expert once more: each goes to its place among them.
+    experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
+    places = torch.cat(experts).argsort(stable=True).argsort()
+    x_sorted, dy_sorted = xs[0].new_empty(len(places), width_in), dys[0].new_empty(len(places), width_out)
+    for place, x, dy in zip(places.split([len(x) for x in xs]), xs, dys):
+        x_sorted[place], dy_sorted[place] = x, dy
+    product = F.grouped_mm(x_sorted.t(), dy_sorted, offs=sum(ends).int()).float()
+    return product if total is None else total.add_(product)
+
+
+class HandOut(torch.autograd.Function):
+    """Hands a pool's weights to the layers. Its backward comes after all of theirs, when the gradients are complete."""
+
+    @staticmethod
+    def forward(ctx, gate_up, down, gate_up_copy, down_copy, gradient):
+        ctx.gradient, ctx.dtype = gradient, gate_up.dtype
+        ctx.set_materialize_grads(False)
+        return gate_up_copy.view_as(gate_up), down_copy.view_as(down)
+
+    @staticmethod
+    @once_differentiable
+    @torch.compiler.disable
+    def backward(ctx, *others):  # gradients of other uses than PoolFFN: as a rule None
+        grads = [total if o is None else total + o for total, o in zip(ctx.gradient.take(), others)]
+        return *(grad.to(ctx.dtype) for grad in grads), None, None, None
+
+
+class PoolFFN(torch.autograd.Function):
+    """run_experts, with a backward that records what the weights' gradients are made of instead of computing them."""
+
+    @staticmethod
+    def forward(ctx, rows, ends, gate_up, down, gradient, fuse):
+        hidden = grouped_linear(rows, gate_up, ends)  # (R, 2H)
+        ctx.save_for_backward(rows, ends, gate_up, down, hidden)
+        ctx.gradient, ctx.fuse = gradient, fuse
+        return grouped_linear(maybe_compiled(swiglu, fuse)(hidden), down, ends)
+
+    @staticmethod
+    @once_differentiable
+    @torch.compiler.disable
+    def backward(ctx, dy):
+        rows, ends, gate_up, down, hidden = ctx.saved_tensors
+        dh = grouped_linear(dy, down.transpose(1, 2), ends)  # (R, H)
+        h, d_hidden = maybe_compiled(swiglu_backward, ctx.fuse)(hidden, dh)
+        ctx.gradient.record((gate_up, down), ends, (rows, d_hidden), (h, dy))
+        return grouped_linear(d_hidden, gate_up.transpose(1, 2), ends), None, None, None, None, None
+
+
+def swiglu_backward(hidden, dh):
+    """swiglu(hidden) once more, (R, H), and the gradient of hidden (R, 2H) from that of swiglu(hidden), dh (R, H)."""
+    gate, up = hidden.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    return silu * up, torch.cat([torch.ops.aten.silu_backward(dh * up, gate), dh * silu], dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,8 +580,7 @@ class DenseFFN(nn.Module):
 
     def forward(self, x):
         """(B, T, C) -> (B, T, C)."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -406,7 +597,7 @@ class Block(nn.Module):
             self.ffn = DenseFFN(config.n_embd, config.n_hidden)
 
     def forward(self, x, rope, expert_weights, cache=None):
-        """x: (B, T, C), rope: (2, T, D/2), expert_weights: those of the layer's pool, None in a dense model.
+        """x: (B, T, C), rope: (2, T, D/2), expert_weights: the pool's weights(), None in a dense model.
 
         Returns x (B, T, C) and the layer's routing statistics f (M,) and P (M,), as the balance losses take them.
         """
@@ -417,14 +608,23 @@ class Block(nn.Module):
             return x + self.ffn(h), no_experts, no_experts
         h = h.flatten(0, 1)  # (N, C)
         gates, experts, scores = self.router(h)
-        y = expert_ffn(h, gates, experts, *expert_weights)  # (N, C)
-        one_per_pair = torch.ones_like(gates).flatten()
-        f = torch.zeros_like(scores[0]).scatter_add_(0, experts.flatten(), one_per_pair) / experts.numel()  # (M,)
-        return x + y.view_as(x), f, scores.mean(dim=0)
+        h = h.to(expert_weights.down.dtype)
+        if len(h) == 1 and not torch.is_grad_enabled():
+            y = one_token_ffn(h, gates, experts, expert_weights)
+            f = torch.zeros_like(scores[0]).index_fill_(0, experts[0], 1 / experts.numel())  # (M,)
+        else:
+            rows, order, ends = dispatch(h, experts, scores.size(1))
+            rows = run_experts(rows, ends, expert_weights, fuse=torch.compiler.is_compiling())
+            y = combine(rows, order, gates)  # (N, C)
+            f = ends.diff(prepend=ends.new_zeros(1)) / experts.numel()  # (M,)
+        return x + y.view_as(x).to(x.dtype), f, scores.mean(dim=0)
+
+
+LOSS_CHUNK = 4096  # tokens whose logits are held at a time, when the loss is computed in chunks
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor  # (B, T, V)
+    logits: torch.Tensor | None  # (B, T, V); None with keep_logits=False
     loss: torch.Tensor | None  # (), cross-entropy in nats a token and nothing else; None without targets
     balance_loss: torch.Tensor  # (), Eq. 3 or 5 without alpha; 0 for a dense model and for balance "bias" or "none"
     usage: torch.Tensor  # (L, M), the f of each layer
@@ -436,6 +636,9 @@ class UniPool(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # How it is computed, not what: neither changes a result.
+        self.one_pass = True  # the pools' gradients by PoolGradient; False leaves them to autograd
+        self.recompute = False  # keep no activations inside the blocks, compute them again in the backward pass
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         n_pool = config.n_pool if config.n_expert else 0
         self.pools = nn.ModuleList(
@@ -468,12 +671,14 @@ class UniPool(nn.Module):
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}: crop idx")
         x = self.embedding(idx)  # (B, T, C)
         rope = self.rope[:, start:end]
-        weights_of_pool = [pool.weights() for pool in self.pools]
+        weights_of_pool = [pool.weights(self.one_pass) for pool in self.pools]
+        recompute = self.recompute and torch.is_grad_enabled()
         statistics = []
         for l, block in enumerate(self.blocks):
             # Layer l uses pool floor(l * G / L): all of them pool 0 in UniPool, each its own in a vanilla MoE.
             expert_weights = weights_of_pool[l * self.config.n_pool // self.config.n_layer] if self.pools else None
-            x, f, P = block(x, rope, expert_weights, caches[l] if caches else None)
+            args = (x, rope, expert_weights, caches[l] if caches else None)
+            x, f, P = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             statistics.append((f, P))
         f, P = (torch.stack(s) for s in zip(*statistics))
         return self.norm(x), f, P
@@ -489,17 +694,31 @@ class UniPool(nn.Module):
             return P.new_zeros(())
         raise NotImplementedError(f"balance={self.config.balance!r} has no loss here")
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, keep_logits=True):
         """idx, targets: (B, T) int64 with T <= block_size; targets of -1 do not count. Returns an Output.
 
-        The training loss is out.loss + config.balance_coef * out.balance_loss. Raises ValueError if T > block_size.
+        The training loss is out.loss + config.balance_coef * out.balance_loss. keep_logits=False computes the loss in
+        chunks, without ever holding all B * T * V logits, and returns none. Raises ValueError if T > block_size.
         """
         x, f, P = self.trunk(idx)
-        logits = self.head(x)  # (B, T, V)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return Output(logits, loss, self.balance_loss(f, P), f)
+        logits = loss = None
+        if targets is not None and not keep_logits and hasattr(F, "linear_cross_entropy"):  # torch 2.13
+            loss = self.chunked_cross_entropy(x.flatten(0, 1), targets.flatten())
+        else:
+            logits = self.head(x)  # (B, T, V)
+            if targets is not None:
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return Output(logits if keep_logits else None, loss, self.balance_loss(f, P), f)
+
+    def chunked_cross_entropy(self, x, targets):
+        """x: (N, C), targets: (N,) -> (). Computes the gradients too, chunk by chunk, while the logits are there."""
+        dtype = product_dtype(self.head.weight)
+        options = nn.LinearCrossEntropyOptions(
+            batch_chunk_size=LOSS_CHUNK, acc_policy="balanced", allow_retain_graph=True
+        )
+        return F.linear_cross_entropy(
+            x.to(dtype), self.head.weight.to(dtype), targets, ignore_index=-1, options=options
+        )
 
     # ------------------------------------------------------------------------------------------------------------------
     # For training
@@ -541,7 +760,7 @@ class UniPool(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
     # For generation
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
         """Yield one new token (B, 1) at a time, for prompts idx (B, T) int64 of one length T >= 1.
 
