@@ -408,6 +408,16 @@ def swiglu(hidden):
     return F.silu(gate) * up
 
 
+def swiglu_backward(hidden, dh):
+    """swiglu(hidden) once more, (R, H), and the gradient of hidden (R, 2H) from that of swiglu(hidden), dh (R, H)."""
+    gate, up = hidden.chunk(2, dim=-1)
+    silu, d_hidden = F.silu(gate), torch.empty_like(hidden)
+    d_gate, d_up = d_hidden.chunk(2, dim=-1)
+    torch.mul(dh, silu, out=d_up)
+    torch.ops.aten.silu_backward.grad_input(dh * up, gate, grad_input=d_gate)
+    return silu * up, d_hidden
+
+
 def grouped_linear(rows, weight, ends):
     """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
     if has_grouped_product(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # on a CPU it visits all experts
@@ -486,10 +496,15 @@ def add_products(total, ends, xs, dys):
     """total (M, in, out; None: zeros) + X_i^T dY_i for every expert i. Tuples of ends (M,), x (R, in), dy (R, out)."""
     n_expert, width_in, width_out = len(ends[0]), xs[0].size(1), dys[0].size(1)
     if not in_one_product(xs[0]):
-        total = xs[0].new_zeros(n_expert, width_in, width_out) if total is None else total
+        beta = 0 if total is None else 1
+        if total is None:  # not zeros: the first products overwrite what they find
+            total = xs[0].new_empty(n_expert, width_in, width_out)
+            for i in (ends[0].diff(prepend=ends[0].new_zeros(1)) == 0).nonzero():
+                total[i] = 0
         for e, x, dy in zip(ends, xs, dys):
             for x_i, dy_i, total_i in by_expert(e, [x, dy], [total]):
-                total_i.addmm_(x_i.t(), dy_i)
+                total_i.addmm_(x_i.t(), dy_i, beta=beta)
+            beta = 1
         return total
     # The rows of all uses are sorted by expert once more: each goes to its place among them.
     experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
@@ -514,8 +529,8 @@ class HandOut(torch.autograd.Function):
     @once_differentiable
     @torch.compiler.disable
     def backward(ctx, *others):  # gradients of other uses than PoolFFN: as a rule None
-        grads = [total if o is None else total + o for total, o in zip(ctx.gradient.take(), others)]
-        return *(grad.to(ctx.dtype) for grad in grads), None, None, None
+        grads = zip(ctx.gradient.take(), others)
+        return *((total if o is None else total + o).to(ctx.dtype) for total, o in grads), None, None, None
 
 
 class PoolFFN(torch.autograd.Function):
@@ -537,13 +552,6 @@ class PoolFFN(torch.autograd.Function):
         h, d_hidden = maybe_compiled(swiglu_backward, ctx.fuse)(hidden, dh)
         ctx.gradient.record((gate_up, down), ends, (rows, d_hidden), (h, dy))
         return grouped_linear(d_hidden, gate_up.transpose(1, 2), ends), None, None, None, None, None
-
-
-def swiglu_backward(hidden, dh):
-    """swiglu(hidden) once more, (R, H), and the gradient of hidden (R, 2H) from that of swiglu(hidden), dh (R, H)."""
-    gate, up = hidden.chunk(2, dim=-1)
-    silu = F.silu(gate)
-    return silu * up, torch.cat([torch.ops.aten.silu_backward(dh * up, gate), dh * silu], dim=-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
