@@ -411,11 +411,8 @@ def swiglu(hidden):
 def swiglu_backward(hidden, dh):
     """swiglu(hidden) once more, (R, H), and the gradient of hidden (R, 2H) from that of swiglu(hidden), dh (R, H)."""
     gate, up = hidden.chunk(2, dim=-1)
-    silu, d_hidden = F.silu(gate), torch.empty_like(hidden)
-    d_gate, d_up = d_hidden.chunk(2, dim=-1)
-    torch.mul(dh, silu, out=d_up)
-    torch.ops.aten.silu_backward.grad_input(dh * up, gate, grad_input=d_gate)
-    return silu * up, d_hidden
+    silu = F.silu(gate)
+    return silu * up, torch.cat([torch.ops.aten.silu_backward(dh * up, gate), dh * silu], dim=-1)
 
 
 def grouped_linear(rows, weight, ends):
