@@ -1442,6 +1442,22 @@ def test_a_step_is_the_gradient_of_loss_plus_alpha_times_balance(text_data, tmp_
         )
 
 
+def test_switches_of_speed_change_no_result(text_data, tmp_path, monkeypatch):
+    """--recompute and --no-one_pass reach the model and give the same weights."""
+    seen = []
+    real = UniPool.forward
+    monkeypatch.setattr(
+        UniPool, "forward", lambda self, *a, **k: seen.append((self.recompute, self.one_pass)) or real(self, *a, **k)
+    )
+    plain, _ = run_train(text_data, tmp_path / "plain", "--max_steps=2")
+    assert set(seen) == {(False, True)}
+    for flag, switches in (("--recompute", (True, True)), ("--no-one_pass", (False, False))):
+        seen.clear()
+        other, _ = run_train(text_data, tmp_path / flag, "--max_steps=2", flag)
+        assert set(seen) == {switches}
+        assert_same_weights(plain, other, rtol=1e-3, atol=1e-5)
+
+
 def test_micro_batches_add_up_to_the_batch(text_data, tmp_path):
     """Without a balance loss, which is taken per micro-batch, accumulation changes nothing but rounding."""
     flags = ["--max_steps=3", "--balance=none", "--adam_eps=1e-4"]
@@ -1534,9 +1550,11 @@ def test_data_that_cannot_be_written_whole_does_not_appear(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_compiled_model_gives_the_same_losses(text_data, tmp_path):
+def test_compiled_model_gives_the_same_losses(text_data, tmp_path, capsys):
     _, plain = run_train(text_data, tmp_path / "plain", "--max_steps=2")
+    capsys.readouterr()
     _, compiled = run_train(text_data, tmp_path / "compiled", "--max_steps=2", "--compile")
+    assert re.search(r"first step: \d+ s, with torch.compile's work", capsys.readouterr().out)
     for a, b in zip(plain, compiled):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 

@@ -306,6 +306,8 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
     """Mean cross-entropy in nats a token over at least one and about eval_tokens tokens; each process takes a part."""
     model.eval()
     count = max(1, min(len(data), eval_tokens // data.block_size))
+    if count > micro_batch_size * world_size:  # whole micro-batches: another size would be compiled anew
+        count -= count % (micro_batch_size * world_size)
     indices = np.linspace(0, len(data) - 1, count).astype(np.int64)[rank::world_size]
     total = torch.zeros(2, device=device)  # sum of losses, number of sequences
     for i in range(0, len(indices), micro_batch_size):
@@ -423,6 +425,7 @@ def run(argv):
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
     window_start, window_tokens = time.perf_counter(), 0  # since the last line of the log, for tokens/s
+    compiling = use_compile
 
     # ---- The loop
     if is_main and step >= settings.max_steps:
@@ -451,6 +454,9 @@ def run(argv):
         optimizer.step()
         optimizer.zero_grad()
 
+        if compiling:
+            bar.write(f"first step: {time.perf_counter() - window_start:.0f} s, with torch.compile's work in it")
+            compiling = False
         step += 1
         position += settings.batch_size
         window_tokens += settings.batch_size * config.block_size

@@ -430,6 +430,7 @@ def has_grouped_product(weight):
 
 
 def in_one_product(tensor):
+    """Whether add_products makes a weight's gradient by one grouped product, or adds to it expert by expert."""
     return tensor.is_cuda and has_grouped_product(tensor)
 
 
@@ -441,9 +442,7 @@ def by_expert(ends, tensors, weights):
             yield *(t[start:end] for t in tensors), *(w[i] for w in weights)
 
 
-@functools.cache
-def compiled(function):
-    return torch.compile(function)
+compiled = functools.cache(torch.compile)
 
 
 def maybe_compiled(function, fuse):
