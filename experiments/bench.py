@@ -233,7 +233,7 @@ def bench_train(device, args):
 
 def draw_train(results, where, path):
     """Speed of each variant as a share of the dense model's, shape by shape."""
-    fig, ax = plt.subplots(figsize=(8, 3.6), dpi=150, layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 3.8), dpi=150, layout="constrained")
     names = list(COLOURS)
     for i, name in enumerate(names):
         for x, figures in enumerate(results.values()):
@@ -242,7 +242,7 @@ def draw_train(results, where, path):
                 low, median, high = f["times_dense"]
                 ax.bar(x + (i - 1.5) / 5, median, 0.19, color=COLOURS[name], label=name if x == 0 else None,
                        yerr=[[median - low], [high - median]], error_kw=dict(lw=1, ecolor="0.25"))  # fmt: skip
-                ax.text(x + (i - 1.5) / 5, 0.02, f"{median:.2f}", ha="center", fontsize=7, color="black")
+                ax.text(x + (i - 1.5) / 5, 0.02, f"{median:.2f}".lstrip("0"), ha="center", fontsize=7)
     ax.set_xticks(range(len(results)), [shape.replace(":", "\n") + " tokens" for shape in results], fontsize=8)
     ax.set_ylabel("tokens per second, dense = 1")
     ax.set_title(f"Training step against the dense twin ({where})", fontsize=10)
