@@ -425,7 +425,7 @@ def run(argv):
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
     window_start, window_tokens = time.perf_counter(), 0  # since the last line of the log, for tokens/s
-    compiling = use_compile
+    compiling = use_compile and is_main
 
     # ---- The loop
     if is_main and step >= settings.max_steps:
