@@ -419,7 +419,7 @@ def grouped_linear(rows, weight, ends):
     """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
     if has_grouped_product(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # on a CPU it visits all experts
         return F.grouped_mm(rows, weight, offs=ends.int())
-    return torch.cat([x @ w for x, w in by_expert(ends, [rows], [weight])])
+    return torch.cat([x @ weight[i] for i, x in by_expert(ends, rows)])
 
 
 def has_grouped_product(weight):
@@ -429,17 +429,17 @@ def has_grouped_product(weight):
     return hasattr(F, "grouped_mm") and weight.dtype == fast_dtype and aligned
 
 
-def in_one_product(tensor):
-    """Whether add_products makes a weight's gradient by one grouped product, or adds to it expert by expert."""
-    return tensor.is_cuda and has_grouped_product(tensor)
+def in_one_product(weight):
+    """Whether a weight's gradient is made by one grouped product over all layers, or each layer adds its part."""
+    return weight.is_cuda and has_grouped_product(weight)
 
 
-def by_expert(ends, tensors, weights):
-    """For each expert that has rows: its part of the tensors (R, ...), then its part of the weights (M, ...)."""
+def by_expert(ends, *tensors, empty=False):
+    """For each expert that has rows, or for all: its number and its part of each of the tensors (R, ...)."""
     ends = ends.tolist()
     for i, (start, end) in enumerate(zip([0, *ends], ends)):
-        if end > start:
-            yield *(t[start:end] for t in tensors), *(w[i] for w in weights)
+        if end > start or empty:
+            yield i, *(t[start:end] for t in tensors)
 
 
 compiled = functools.cache(torch.compile)
@@ -461,21 +461,25 @@ class PoolGradient:
     capacity = 2  # records take at most so many times the weights' memory, and one layer's more; then they are added up
 
     def __init__(self):
-        self.backward_pass, self.totals, self.records = None, [None, None], []
+        self.backward_pass = None
+
+    def begin(self):
+        """Each layer calls this first. What an earlier backward pass left that failed half-way does not count."""
+        current = torch._C._current_graph_task_id()
+        if current != self.backward_pass:
+            self.backward_pass, self.totals, self.records = current, None, []
 
     def record(self, weights, ends, *pairs):
         """One layer's x (R, in) and dy (R, out), sorted by expert, for each of the two weights."""
-        current = torch._C._current_graph_task_id()
-        if current != self.backward_pass:  # what an earlier backward pass left that failed half-way does not count
-            self.backward_pass, self.totals, self.records = current, [None, None], []
         self.records.append((ends, *pairs))
         recorded = sum(x.numel() + dy.numel() for _, *pairs in self.records for x, dy in pairs)
-        if not in_one_product(weights[0]) or recorded > self.capacity * sum(w.numel() for w in weights):
+        if recorded > self.capacity * sum(w.numel() for w in weights):
             self.add_up()
 
     def add_up(self):
         ends, *uses = zip(*self.records)
-        self.totals = [add_products(total, ends, *zip(*pairs)) for total, pairs in zip(self.totals, uses)]
+        products = [sum_of_products(ends, *zip(*pairs)) for pairs in uses]
+        self.totals = products if self.totals is None else [t.add_(p) for t, p in zip(self.totals, products)]
         self.records = []
 
     def take(self):
@@ -484,32 +488,18 @@ class PoolGradient:
             raise RuntimeError("no layer has recorded: use checkpoint(..., use_reentrant=False), or one_pass = False")
         if self.records:
             self.add_up()
-        totals, self.totals = self.totals, [None, None]
+        totals, self.totals = self.totals, None
         return totals
 
 
-def add_products(total, ends, xs, dys):
-    """total (M, in, out; None: zeros) + X_i^T dY_i for every expert i. Tuples of ends (M,), x (R, in), dy (R, out)."""
-    n_expert, width_in, width_out = len(ends[0]), xs[0].size(1), dys[0].size(1)
-    if not in_one_product(xs[0]):
-        beta = 0 if total is None else 1
-        if total is None:  # not zeros: the first products overwrite what they find
-            total = xs[0].new_empty(n_expert, width_in, width_out)
-            for i in (ends[0].diff(prepend=ends[0].new_zeros(1)) == 0).nonzero():
-                total[i] = 0
-        for e, x, dy in zip(ends, xs, dys):
-            for x_i, dy_i, total_i in by_expert(e, [x, dy], [total]):
-                total_i.addmm_(x_i.t(), dy_i, beta=beta)
-            beta = 1
-        return total
-    # The rows of all uses are sorted by expert once more: each goes to its place among them.
+def sum_of_products(ends, xs, dys):
+    """X_i^T dY_i for every expert i: (M, in, out) fp32. ends (M,), x (R, in), dy (R, out): tuples with one a layer."""
     experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
-    places = torch.cat(experts).argsort(stable=True).argsort()
-    x_sorted, dy_sorted = xs[0].new_empty(len(places), width_in), dys[0].new_empty(len(places), width_out)
+    places = torch.cat(experts).argsort(stable=True).argsort()  # of all layers' rows, sorted by expert once more
+    x_sorted, dy_sorted = (tensors[0].new_empty(len(places), tensors[0].size(1)) for tensors in (xs, dys))
     for place, x, dy in zip(places.split([len(x) for x in xs]), xs, dys):
         x_sorted[place], dy_sorted[place] = x, dy
-    product = F.grouped_mm(x_sorted.t(), dy_sorted, offs=sum(ends).int()).float()
-    return product if total is None else total.add_(product)
+    return F.grouped_mm(x_sorted.t(), dy_sorted, offs=sum(ends).int()).float()
 
 
 class HandOut(torch.autograd.Function):
@@ -544,10 +534,23 @@ class PoolFFN(torch.autograd.Function):
     @torch.compiler.disable
     def backward(ctx, dy):
         rows, ends, gate_up, down, hidden = ctx.saved_tensors
-        dh = grouped_linear(dy, down.transpose(1, 2), ends)  # (R, H)
-        h, d_hidden = maybe_compiled(swiglu_backward, ctx.fuse)(hidden, dh)
-        ctx.gradient.record((gate_up, down), ends, (rows, d_hidden), (h, dy))
-        return grouped_linear(d_hidden, gate_up.transpose(1, 2), ends), None, None, None, None, None
+        ctx.gradient.begin()
+        if in_one_product(gate_up):
+            dh = grouped_linear(dy, down.transpose(1, 2), ends)  # (R, H)
+            h, d_hidden = maybe_compiled(swiglu_backward, ctx.fuse)(hidden, dh)
+            ctx.gradient.record((gate_up, down), ends, (rows, d_hidden), (h, dy))
+            return grouped_linear(d_hidden, gate_up.transpose(1, 2), ends), None, None, None, None, None
+        first = ctx.gradient.totals is None  # then the products overwrite what they find (beta=0)
+        if first:
+            ctx.gradient.totals = torch.empty_like(gate_up), torch.empty_like(down)
+        dx = torch.empty_like(rows)
+        # Expert by expert, so that what lies between its products stays in the cache.
+        for i, x, dy_i, hidden_i, dx_i in by_expert(ends, rows, dy, hidden, dx, empty=first):
+            h, d_hidden = swiglu_backward(hidden_i, dy_i @ down[i].t())
+            ctx.gradient.totals[0][i].addmm_(x.t(), d_hidden, beta=not first)
+            ctx.gradient.totals[1][i].addmm_(h.t(), dy_i, beta=not first)
+            torch.mm(d_hidden, gate_up[i].t(), out=dx_i)
+        return dx, None, None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
