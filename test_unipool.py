@@ -768,28 +768,35 @@ def test_gradient_of_swiglu():
     torch.testing.assert_close(got, expected)
 
 
-def test_pool_is_cast_once_a_step():
-    """bf16 copies serve all micro-batches of a step and no other step, however the weights are updated."""
-    model = small_model()
-    pool, casts = model.pools[0], []
+def test_pool_is_cast_once_a_step(text_data, tmp_path, monkeypatch):
+    kept = []
+    real = ExpertPool.cast
+    monkeypatch.setattr(ExpertPool, "cast", lambda self, dtype: kept.append(self.keep_copies) or real(self, dtype))
+    run_train(text_data, tmp_path, "--max_steps=2", "--micro_batch_size=2")
+    assert kept == [False, True, True, True] * 2, "the first micro-batch of a step casts, the others take its copies"
 
-    def micro_batch():
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_casts_are_of_the_newest_weights(set_to_none):
+    """Fused AdamW updates weights without raising their version counter."""
+    model = small_model()
+    pool = model.pools[0]
+    optimizer = model.configure_optimizer(0.1, 0.0, (0.9, 0.99), 1e-8)
+    casts = []
+    for keep in (False, True, False):
+        pool.keep_copies = keep
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = training_loss(model)
         casts.append(pool.copies)
+        if keep:
+            assert casts[1] is casts[0], "keep_copies keeps them"
+        else:
+            assert torch.equal(pool.copies[1], pool.down.bfloat16()), "the forward pass did not use the newest weights"
         loss.backward()
-
-    for _ in range(3):
-        micro_batch()
-    assert casts[0] is casts[1] is casts[2], "one cast for the micro-batches of a step"
-    with torch.no_grad():
-        pool.down.add_(1.0)
-    micro_batch()
-    assert torch.equal(casts[3][1], pool.down.bfloat16()), "an update between micro-batches must be seen"
-    pool.down.data.add_(1.0)  # which no version counter sees
-    model.zero_grad()
-    micro_batch()
-    assert torch.equal(casts[4][1], pool.down.bfloat16()), "a new step must cast anew"
+        if keep:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
+    assert not torch.equal(casts[2][1], casts[0][1]), "the test needs an update that bf16 can see"
     assert pool.gate_up.grad.dtype == torch.float32 and "copies" not in str(model.state_dict().keys())
 
 
@@ -1050,6 +1057,7 @@ def test_sampling_follows_temperature_top_k_and_vocabulary():
     assert set(model.generate(idx, 1, top_k=3)[:, -1].tolist()) <= best
     for temperature in (1e-45, 1e30, math.inf):
         assert model.generate(idx[:2], 1, temperature=temperature).max() < 40
+        assert set(model.generate(idx[:500], 1, temperature=temperature, top_k=3)[:, -1].tolist()) <= best
     assert max(token.max().item() for token in model.stream(idx, 3, n_vocab=11)) < 11, "padding ids must not appear"
     assert model.generate(idx[:2], 1, top_k=1000).shape == (2, 6), "a top_k beyond the vocabulary is no limit"
 
@@ -1060,6 +1068,11 @@ def test_generation_refuses_an_empty_prompt_and_forward_a_long_one():
         model.generate(torch.zeros(1, 0, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="block_size=16"):
         model(random_tokens(model.config, length=17))
+    caches = [unipool.KVCache(2, model.config, torch.device("cpu"), torch.float32) for _ in model.blocks]
+    idx = random_tokens(model.config, batch=2)
+    model.trunk(idx[:, :5], caches)
+    with pytest.raises(ValueError, match="one at a time"):  # the causal mask would be that of the first tokens
+        model.trunk(idx[:, 5:8], caches)
 
 
 def test_weight_decay_spares_one_dimensional_parameters():

@@ -56,7 +56,7 @@ class Settings:
     warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises", low=0, high=1)
     batch_size: int = flag(512, "sequences a step, over all processes", high=2**24)
     micro_batch_size: int | None = flag(
-        None, "sequences a forward pass, in each process (the most up to 16 that divide)"
+        None, "sequences a forward pass, in each process (the most up to 16,384 tokens that divide)"
     )
     lr: float = flag(5e-4, "highest learning rate", low=0, high=1e3)
     min_lr: float = flag(5e-5, "learning rate at the end of the cosine", low=0, high=1e3)
@@ -75,10 +75,10 @@ class Settings:
     resume: bool = flag(False, "go on from --out_dir/ckpt.pt; flags not given keep the checkpoint's values")
 
 
-TINY = dict(max_steps=600, warmup=0.05, batch_size=16, lr=2e-3, min_lr=2e-4, eval_interval=150, eval_tokens=2**16,
-            ckpt_interval=150, log_interval=1)  # fmt: skip
-CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=BALANCES)
-LARGEST_MICRO_BATCH = 16
+TINY = dict(max_steps=360, warmup=0.05, batch_size=32, lr=1.5e-3, min_lr=2e-4, eval_interval=90, eval_tokens=2**16,
+            ckpt_interval=90, log_interval=1)  # fmt: skip
+CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=list(BALANCES))
+LARGEST_MICRO_BATCH = 2**14  # tokens
 
 
 def parse_flags(argv):
@@ -342,7 +342,8 @@ def run(argv):
     per_process = settings.batch_size // world_size
     micro_batch_size = settings.micro_batch_size
     if micro_batch_size is None:
-        micro_batch_size = max(n for n in range(1, LARGEST_MICRO_BATCH + 1) if per_process % n == 0)
+        most = max(1, LARGEST_MICRO_BATCH // config.block_size)
+        micro_batch_size = max(n for n in range(1, most + 1) if per_process % n == 0)
     if per_process % micro_batch_size:
         raise BadInput(
             f"--batch_size={settings.batch_size} is not divisible by {world_size} process(es) x "
@@ -443,6 +444,8 @@ def run(argv):
         for i in range(accumulation):
             x, y = read_batch(train_data, indices[i * micro_batch_size :][:micro_batch_size], device)
             last = i == accumulation - 1
+            for pool in model.pools:
+                pool.keep_copies = i > 0  # the weights are still those of the micro-batch before
             with contextlib.nullcontext() if world_size == 1 or last else runner.no_sync():
                 with autocast(device):
                     out = runner(x, y, keep_logits=False)

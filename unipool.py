@@ -4,9 +4,9 @@ The method is from "UniPool: A Globally Shared Expert Pool for Mixture-of-Expert
 table numbers in the comments are that paper's. NormRouter is from KERN, arXiv 2509.25913.
 
 A vanilla MoE transformer gives each of its L layers its own experts. UniPool keeps one small router per layer, but
-lets all of them choose from the same M expert FFNs. Three parts make that work, and they are the three middle sections
-of this file: a router whose gates keep their scale whatever M is (NormRouter), the pool itself (ExpertPool), and a
-loss that balances the load over the whole pool instead of within each layer (pool_balance_loss).
+lets all of them choose from the same M expert FFNs. Three parts make that work, and each has its section below: a
+router whose gates keep their scale whatever M is (NormRouter), the pool itself (ExpertPool), and a loss that balances
+the load over the whole pool instead of within each layer (pool_balance_loss).
 
 Dimensions, as they stand in the shape comments:
     B  sequences in a batch             M  experts in one pool (n_expert / n_pool; all of them when n_pool = 1)
@@ -14,7 +14,7 @@ Dimensions, as they stand in the shape comments:
     N  tokens in a batch, B * T         H  hidden width of an expert (n_hidden)
     C  width of the residual stream     L  layers (n_layer)
     D  width of an attention head       G  pools over depth (n_pool): 1 is UniPool, L is one private pool a layer
-    V  vocabulary
+    V  vocabulary                       R  (token, choice) pairs, N * k: the rows that experts compute
 """
 
 import functools
@@ -31,9 +31,8 @@ from torch.utils.checkpoint import checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration
 
-# Table 6, and "tiny" for a laptop, on bytes: where a scale differs from the defaults of UniPoolConfig. A scale is named
-# by its active size, embeddings included. Every scale has 8 experts a layer of the dense width 4 * C, so M = 8 * L;
-# `balance_coef` here is the paper's alpha_pool.
+# The paper's scales (Table 6) and "tiny" (bytes, for a laptop), as differences from UniPoolConfig's defaults. A scale's
+# name is its active size, embeddings included. Everywhere H = 4 * C and M = 8 * L; `balance_coef` is alpha_pool.
 SCALES = {
     "tiny": dict(n_layer=4, n_embd=128, n_head=4, n_kv_head=2, block_size=128, vocab_size=320, init_std=0.04),
     "182m": dict(),
@@ -43,7 +42,6 @@ SCALES = {
     "978m": dict(n_layer=24, n_embd=1536, n_head=16, balance_coef=2e-2),
 }
 ARCHS = ("unipool", "vanilla", "dense")
-BALANCES = ("pool", "layer", "bias", "none")
 
 
 @dataclass
@@ -106,48 +104,27 @@ class UniPoolConfig:
         return cls(**fields)
 
     def __post_init__(self):
-        def check(possible, message):
+        def check(possible, names, rule):
             if not possible:
-                raise ValueError(message)
+                values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+                raise ValueError(f"{values}: {rule}")
 
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "n_pool"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+            check(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("balance_coef", "bias_rate", "norm_eps", "init_std"):
-            value = getattr(self, name)
-            check(0 <= value < math.inf, f"{name}={value} must be a number of at least 0")
-        check(0 < self.rope_base < math.inf, f"rope_base={self.rope_base} must be a number above 0")
-        check(self.n_expert >= 0, f"n_expert={self.n_expert} must be 0 (a dense model) or more")
-        check(self.router in ROUTERS, f"router={self.router!r} is unknown: choose from {', '.join(ROUTERS)}")
-        check(self.balance in BALANCES, f"balance={self.balance!r} is unknown: choose from {', '.join(BALANCES)}")
-        check(
-            self.n_embd % self.n_head == 0,
-            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head needs the same width",
-        )
-        check(
-            self.head_dim % 2 == 0,
-            f"n_embd={self.n_embd} over n_head={self.n_head} makes heads of odd width {self.head_dim}: "
-            "RoPE turns pairs, so choose an n_head that gives an even width",
-        )
-        check(
-            self.n_head % self.n_kv_head == 0,
-            f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: query heads share the key and "
-            "value heads in equal groups",
-        )
-        if self.n_expert == 0:
-            return  # dense: the routing fields play no part
-        check(
-            self.n_layer % self.n_pool == 0,
-            f"n_pool={self.n_pool} does not divide n_layer={self.n_layer}: every pool serves equally many layers",
-        )
-        check(
-            self.n_expert % self.n_pool == 0,
-            f"n_pool={self.n_pool} does not divide n_expert={self.n_expert}: every pool holds equally many experts",
-        )
-        check(
-            1 <= self.top_k <= self.experts_per_pool,
-            f"top_k={self.top_k} must lie between 1 and the {self.experts_per_pool} experts of a pool "
-            f"(n_expert={self.n_expert} / n_pool={self.n_pool})",
-        )
+            check(0 <= getattr(self, name) < math.inf, name, "must be a number of at least 0")
+        check(0 < self.rope_base < math.inf, "rope_base", "must be a number above 0")
+        check(self.n_expert >= 0, "n_expert", "must be 0 (a dense model) or more")
+        check(self.router in ROUTERS, "router", f"choose from {', '.join(ROUTERS)}")
+        check(self.balance in BALANCES, "balance", f"choose from {', '.join(BALANCES)}")
+        check(self.n_embd % self.n_head == 0, "n_embd n_head", "n_head must divide n_embd: heads are equally wide")
+        check(self.head_dim % 2 == 0, "n_embd n_head", f"heads of odd width {self.head_dim}, but RoPE turns pairs")
+        check(self.n_head % self.n_kv_head == 0, "n_head n_kv_head", "n_kv_head must divide n_head: equal groups")
+        if self.n_expert:  # in a dense model the routing fields play no part
+            M = self.experts_per_pool
+            check(self.n_layer % self.n_pool == 0, "n_pool n_layer", "pools must serve equally many layers")
+            check(self.n_expert % self.n_pool == 0, "n_pool n_expert", "pools must hold equally many experts")
+            check(1 <= self.top_k <= M, "top_k n_expert n_pool", f"a pool has {M} experts to choose from")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,7 +192,8 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token and picks the k best. A new router is a subclass with its own `score`.
+    """Scores every expert for every token and picks the k best. A new router is a subclass with its own `score`, which
+    turns logits z (N, M) fp32 into scores (N, M) fp32.
 
     `bias` only sways the choice, never the gates; it is zero unless balance="bias" moves it (UniPool.update_bias).
     """
@@ -226,10 +204,6 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_expert, n_embd))
         nn.init.normal_(self.weight, std=n_embd**-0.5)  # for use by itself; UniPool.init_weights draws it anew
         self.register_buffer("bias", torch.zeros(n_expert))
-
-    def score(self, z):
-        """From logits to scores, both (N, M) fp32."""
-        raise NotImplementedError
 
     def forward(self, x):
         """x: (N, C) -> gates (N, k) fp32, experts (N, k) int64, scores (N, M) fp32, computed in fp32 throughout."""
@@ -242,15 +216,15 @@ class Router(nn.Module):
 class NormRouter(Router):
     """Eq. 7: s_i = sigma * c * max(0, z_i / (||z||_2 + eps)), with z = W x and a learnable scalar sigma.
 
-    Dividing by the norm and not by a sum of exponentials, and with c to make up for the number of experts, the gates
-    keep their scale as the pool grows: the k gates of an untrained router have a norm of about 1.
+    Dividing by the norm and multiplying by c keeps the gates' scale as the pool grows: the k gates of an untrained
+    router have a norm of about 1.
     """
 
     eps = 1e-8
 
     def __init__(self, n_embd, n_expert, top_k):
         super().__init__(n_embd, n_expert, top_k)
-        self.sigma = nn.Parameter(torch.ones(1))  # one element and not zero dimensions: sharding needs a dimension
+        self.sigma = nn.Parameter(torch.ones(1))  # (1,) and not (): so that it can be sharded
         self.c = norm_router_scale(n_expert, top_k)
 
     def score(self, z):
@@ -278,10 +252,9 @@ ROUTERS = {"norm": NormRouter, "softmax": SoftmaxRouter, "sigmoid": SigmoidRoute
 def norm_router_scale(n_expert, top_k):
     """The constant c of NormRouter, a float (Eq. 12): E[ 1 / ||top-k of ReLU(x / ||x||)||_2 ], x ~ N(0, I_M).
 
-    The mean over fixed draws, finite for every M >= 1 and 1 <= k <= M. The plain mean is not: few experts give draws
-    without any positive entry (no scale helps those: left out), or with only a tiny one (the mean of 1/norm diverges
-    there, so the norm is bounded below by a tenth of sqrt(k/M), the norm of k entries of average size). From M = 24 on
-    none of the draws is like that.
+    The mean over fixed draws, made finite for every M and k: with few experts a draw can have no positive entry (left
+    out), or only tiny ones (the norm is bounded below by a tenth of sqrt(k/M), the norm of k entries of average size).
+    From M = 24 on this touches no draw.
     """
     x = torch.randn(2**15, n_expert, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
     top = F.relu(x / x.norm(dim=1, keepdim=True)).topk(top_k).values  # (draws, k)
@@ -302,7 +275,8 @@ class ExpertPool(nn.Module):
         self.down = nn.Parameter(torch.empty(n_expert, n_hidden, n_embd))
         nn.init.normal_(self.gate_up, std=n_embd**-0.5)  # for use by itself; UniPool.init_weights draws both anew
         nn.init.normal_(self.down, std=n_hidden**-0.5)
-        self.copies = self.cast_key = None  # see cast()
+        self.copies = None  # of cast()
+        self.keep_copies = False  # a training loop may set it while no weight changes, as between micro-batches
 
     @torch.compiler.disable
     def weights(self, one_pass=True):
@@ -313,15 +287,14 @@ class ExpertPool(nn.Module):
         dtype = product_dtype(self.gate_up)
         if not (one_pass and torch.is_grad_enabled() and self.gate_up.requires_grad):
             return PoolWeights(self.gate_up.to(dtype), self.down.to(dtype), None)
-        gradient = PoolGradient()
-        return PoolWeights(*HandOut.apply(self.gate_up, self.down, *self.cast(dtype), gradient), gradient)
+        copies, gradient = self.cast(dtype), PoolGradient()
+        return PoolWeights(*HandOut.apply(self.gate_up, self.down, *copies, gradient), gradient)
 
     def cast(self, dtype):
-        """gate_up and down in `dtype`. Copies are kept while micro-batches add up gradients and nothing is updated."""
-        key = dtype, self.gate_up._version, self.down._version
-        if self.gate_up.grad is None or key != self.cast_key:
+        """gate_up and down in `dtype`, cast anew unless `keep_copies`."""
+        if self.copies is None or not self.keep_copies:
             self.copies = None  # frees the old ones first
-            self.copies, self.cast_key = (self.gate_up.detach().to(dtype), self.down.detach().to(dtype)), key
+            self.copies = self.gate_up.detach().to(dtype), self.down.detach().to(dtype)
         return self.copies
 
     def forward(self, x, gates, experts):
@@ -335,7 +308,7 @@ class ExpertPool(nn.Module):
 
 
 class PoolWeights(NamedTuple):
-    """A pool's weights in the dtype of the matrix products, which is autocast's where that is on."""
+    """A pool's weights in product_dtype."""
 
     gate_up: torch.Tensor  # (M, C, 2H)
     down: torch.Tensor  # (M, H, C)
@@ -370,10 +343,9 @@ def combine(rows, order, gates):
 
 
 def one_token_ffn(x, gates, experts, weights):
-    """The same for one token without a gradient, as in decoding: only its k experts' weights are touched. -> (1, C)."""
-    return sum(
-        gate * (swiglu(x @ weights.gate_up[i]) @ weights.down[i]) for gate, i in zip(gates[0], experts[0].tolist())
-    )
+    """Eq. 2 for one token without a gradient, as in decoding: only its k experts' weights are touched. -> (1, C)."""
+    rows = torch.cat([swiglu(x @ weights.gate_up[i]) @ weights.down[i] for i in experts[0].tolist()])  # (k, C)
+    return gates @ rows.to(gates.dtype)
 
 
 class Permute(torch.autograd.Function):
@@ -417,13 +389,14 @@ def swiglu_backward(hidden, dh):
 
 def grouped_linear(rows, weight, ends):
     """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
-    if has_grouped_product(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # on a CPU it visits all experts
+    if has_grouped_product(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # a CPU's visits all M experts
         return F.grouped_mm(rows, weight, offs=ends.int())
     return torch.cat([x @ weight[i] for i, x in by_expert(ends, rows)])
 
 
 def has_grouped_product(weight):
-    """Where there is one that is fast. Else (fp64, bf16 on a CPU, fp32 on a GPU, odd widths) experts go one by one."""
+    """Whether F.grouped_mm is the way for this weight. Else (fp64, bf16 on a CPU, fp32 on a GPU, odd widths) experts go
+    one by one."""
     fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(weight.device.type)
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     return hasattr(F, "grouped_mm") and weight.dtype == fast_dtype and aligned
@@ -442,11 +415,9 @@ def by_expert(ends, *tensors, empty=False):
             yield i, *(t[start:end] for t in tensors)
 
 
-compiled = functools.cache(torch.compile)
-
-
+@functools.cache
 def maybe_compiled(function, fuse):
-    return compiled(function) if fuse else function
+    return torch.compile(function) if fuse else function
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -540,15 +511,16 @@ class PoolFFN(torch.autograd.Function):
             h, d_hidden = maybe_compiled(swiglu_backward, ctx.fuse)(hidden, dh)
             ctx.gradient.record((gate_up, down), ends, (rows, d_hidden), (h, dy))
             return grouped_linear(d_hidden, gate_up.transpose(1, 2), ends), None, None, None, None, None
-        first = ctx.gradient.totals is None  # then the products overwrite what they find (beta=0)
+        first = ctx.gradient.totals is None
         if first:
             ctx.gradient.totals = torch.empty_like(gate_up), torch.empty_like(down)
+        beta = 0 if first else 1  # the first products overwrite what they find
         dx = torch.empty_like(rows)
         # Expert by expert, so that what lies between its products stays in the cache.
         for i, x, dy_i, hidden_i, dx_i in by_expert(ends, rows, dy, hidden, dx, empty=first):
             h, d_hidden = swiglu_backward(hidden_i, dy_i @ down[i].t())
-            ctx.gradient.totals[0][i].addmm_(x.t(), d_hidden, beta=not first)
-            ctx.gradient.totals[1][i].addmm_(h.t(), dy_i, beta=not first)
+            ctx.gradient.totals[0][i].addmm_(x.t(), d_hidden, beta=beta)
+            ctx.gradient.totals[1][i].addmm_(h.t(), dy_i, beta=beta)
             torch.mm(d_hidden, gate_up[i].t(), out=dx_i)
         return dx, None, None, None, None, None
 
@@ -571,6 +543,9 @@ def pool_balance_loss(f, P):
     """
     f_bar, P_bar = f.detach().mean(dim=0), P.mean(dim=0)  # (M,) each, Eq. 4
     return f.size(1) * (f_bar * P_bar).sum()  # Eq. 5
+
+
+BALANCES = {"pool": pool_balance_loss, "layer": layer_balance_loss, "bias": None, "none": None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -648,18 +623,16 @@ class UniPool(nn.Module):
         self.recompute = False  # keep no activations inside the blocks, compute them again in the backward pass
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         n_pool = config.n_pool if config.n_expert else 0
-        self.pools = nn.ModuleList(
-            ExpertPool(config.experts_per_pool, config.n_embd, config.n_hidden) for _ in range(n_pool)
-        )
+        shape = config.experts_per_pool, config.n_embd, config.n_hidden
+        self.pools = nn.ModuleList(ExpertPool(*shape) for _ in range(n_pool))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        rope = rope_table(config.block_size, config.head_dim, config.rope_base)
-        self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("rope", rope_table(config.block_size, config.head_dim, config.rope_base), persistent=False)
         self.init_weights()
 
     def init_weights(self):
-        """N(0, init_std); the projections that write to the residual stream get init_std / sqrt(2L); norms stay 1."""
+        """N(0, init_std); the projections that write to the residual stream get init_std / sqrt(2L). Vectors stay 1."""
         std = self.config.init_std
         for name, p in self.named_parameters():
             if name.endswith(("attention.out.weight", "down", "down.weight")):
@@ -668,7 +641,7 @@ class UniPool(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def trunk(self, idx, caches=None):
-        """Everything but the head. idx: (B, T) int64; caches: one KVCache a layer, which T new tokens extend.
+        """Everything but the head. idx: (B, T) int64; caches: a KVCache a layer: T tokens fill it, then one at a time.
 
         Returns x (B, T, C) after the final norm, f (L, M) and P (L, M).
         """
@@ -676,6 +649,8 @@ class UniPool(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}: crop idx")
+        if start and idx.size(1) > 1:
+            raise ValueError(f"{idx.size(1)} tokens on a cache that holds {start}: one at a time after the first call")
         x = self.embedding(idx)  # (B, T, C)
         rope = self.rope[:, start:end]
         weights_of_pool = [pool.weights(self.one_pass) for pool in self.pools]
@@ -691,15 +666,11 @@ class UniPool(nn.Module):
         return self.norm(x), f, P
 
     def balance_loss(self, f, P):
-        """The configured loss without alpha; f, P: (L, M) -> (). Pool losses are summed over the pools."""
-        if self.config.balance == "layer":
-            return layer_balance_loss(f, P)
-        if self.config.balance == "pool":
-            n_pool = self.config.n_pool
-            return sum(pool_balance_loss(f_g, P_g) for f_g, P_g in zip(f.chunk(n_pool), P.chunk(n_pool)))
-        if self.config.balance in ("bias", "none"):
+        """The configured loss without alpha, summed over the pools; f, P: (L, M) -> ()."""
+        loss, n_pool = BALANCES[self.config.balance], self.config.n_pool
+        if loss is None:
             return P.new_zeros(())
-        raise NotImplementedError(f"balance={self.config.balance!r} has no loss here")
+        return sum(loss(f_g, P_g) for f_g, P_g in zip(f.chunk(n_pool), P.chunk(n_pool)))
 
     def forward(self, idx, targets=None, keep_logits=True):
         """idx, targets: (B, T) int64 with T <= block_size; targets of -1 do not count. Returns an Output.
@@ -791,11 +762,11 @@ class UniPool(nn.Module):
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
+                below_best = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no temperature makes it infinite
+                p = (below_best / temperature).softmax(dim=-1)
                 if top_k is not None:
-                    kth_best = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth_best, -torch.inf)
-                logits = logits - logits.amax(dim=-1, keepdim=True)  # so that no temperature makes them infinite
-                new = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+                    p = p * (logits >= logits.topk(min(top_k, logits.size(-1))).values[:, -1:])
+                new = torch.multinomial(p, 1)
             yield new
             idx = torch.cat([idx, new], dim=1)
             if idx.size(1) > block_size:
