@@ -391,7 +391,7 @@ def grouped_linear(rows, weight, ends):
     """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
     if has_grouped_product(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # a CPU's visits all M experts
         return F.grouped_mm(rows, weight, offs=ends.int())
-    return torch.cat([x @ weight[i] for i, x in by_expert(ends, rows)])
+    return torch.cat([x @ w for x, w in by_expert(ends, [rows], [weight]) if len(x)])
 
 
 def has_grouped_product(weight):
@@ -407,12 +407,10 @@ def in_one_product(weight):
     return weight.is_cuda and has_grouped_product(weight)
 
 
-def by_expert(ends, *tensors, empty=False):
-    """For each expert that has rows, or for all: its number and its part of each of the tensors (R, ...)."""
-    ends = ends.tolist()
-    for i, (start, end) in enumerate(zip([0, *ends], ends)):
-        if end > start or empty:
-            yield i, *(t[start:end] for t in tensors)
+def by_expert(ends, tensors, weights):
+    """For each expert, also without rows: its part of the tensors (R, ...), then its part of the weights (M, ...)."""
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return zip(*(tensor.split(sizes) for tensor in tensors), *weights)
 
 
 @functools.cache
@@ -429,10 +427,8 @@ def maybe_compiled(function, fuse):
 class PoolGradient:
     """The gradients of a pool's two weights, in the making during a backward pass."""
 
-    capacity = 2  # records take at most so many times the weights' memory, and one layer's more; then they are added up
-
-    def __init__(self):
-        self.backward_pass = None
+    capacity = 2  # records are added up once they exceed this many times the weights, by less than one layer's
+    backward_pass = None  # the one that the records and totals are of
 
     def begin(self):
         """Each layer calls this first. What an earlier backward pass left that failed half-way does not count."""
@@ -514,14 +510,14 @@ class PoolFFN(torch.autograd.Function):
         first = ctx.gradient.totals is None
         if first:
             ctx.gradient.totals = torch.empty_like(gate_up), torch.empty_like(down)
-        beta = 0 if first else 1  # the first products overwrite what they find
-        dx = torch.empty_like(rows)
+        beta, dx = 0 if first else 1, torch.empty_like(rows)  # with beta = 0 products overwrite what they find
+        weights = gate_up.mT, down.mT, *ctx.gradient.totals
         # Expert by expert, so that what lies between its products stays in the cache.
-        for i, x, dy_i, hidden_i, dx_i in by_expert(ends, rows, dy, hidden, dx, empty=first):
-            h, d_hidden = swiglu_backward(hidden_i, dy_i @ down[i].t())
-            ctx.gradient.totals[0][i].addmm_(x.t(), d_hidden, beta=beta)
-            ctx.gradient.totals[1][i].addmm_(h.t(), dy_i, beta=beta)
-            torch.mm(d_hidden, gate_up[i].t(), out=dx_i)
+        for x, dy_i, hidden_i, dx_i, w1_t, w2_t, dw1, dw2 in by_expert(ends, [rows, dy, hidden, dx], weights):
+            h, d_hidden = swiglu_backward(hidden_i, dy_i @ w2_t)
+            dw1.addmm_(x.t(), d_hidden, beta=beta)
+            dw2.addmm_(h.t(), dy_i, beta=beta)
+            torch.mm(d_hidden, w1_t, out=dx_i)
         return dx, None, None, None, None, None
 
 
