@@ -5,7 +5,8 @@
     python prepare_pile.py --source 'shards/*.jsonl.zst' --out_dir data/mine
     python prepare_pile.py --source notes/ book.txt --tokenizer bytes --out_dir data/notes
 
-What it writes into --out_dir, which appears whole, at the end, or not at all:
+Several --workers take the shards of the source in parallel. Killed, the same command goes on: it loses the shards that
+were in progress. What it writes into --out_dir, which appears whole, at the end, or not at all:
     train_000.bin, train_001.bin, ...   token ids, flat little-endian uint16; every document ends with <|endoftext|>
     val.bin                             the validation split, in the same form
     meta.json                           tokenizer, vocab_size, counts of tokens and documents, source
@@ -18,16 +19,20 @@ a folder back, as sequences for training.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
+import copy
 import glob
 import gzip
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import sysconfig
-import tempfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -36,6 +41,7 @@ import tiktoken
 from tqdm import tqdm
 
 PILE = "monology/pile-uncopyrighted"
+PILE_TOKENS = 31.5e9  # GPT-2 tokens in it
 PAPER_TOKENS = 60_000 * 512 * 1024  # what Table 8 trains on: steps * sequences * tokens
 # What depends on the source: where it goes, how it is tokenized, how much is held out, and how much is enough.
 SOURCES = {
@@ -45,6 +51,7 @@ SOURCES = {
 }
 VOCAB_SIZES = dict(gpt2=50257, bytes=257)  # with <|endoftext|>
 SHARD_TOKENS = 10**8  # 200 MB
+UNIT_BYTES = 2**26  # small files are taken together until they have so many bytes
 BATCH_CHARS = 2**20  # text handed to a worker at a time
 TEXT_PIECE = 2**20  # a plain text file is cut at line ends into documents of about so many bytes: memory stays flat
 
@@ -55,6 +62,10 @@ TEXT_PIECE = 2**20  # a plain text file is cut at line ends into documents of ab
 
 class BadInput(Exception):
     """Something the user can mend. The message names the flag or file, its value and the mend."""
+
+
+class Busy(BadInput):
+    """Another process is making the same folder of data."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,6 +128,7 @@ def get_tokenizer(name):
 class Reader:
     """Yields the documents of a source as strings, in order; counts the ones skipped as bad.
 
+    A source consists of units(), which workers can read side by side: groups of files, or the Pile's shards.
     sources: "pile", "stdlib", or files, folders and glob patterns. Files ending in .jsonl, .jsonl.zst, .jsonl.gz and
     .parquet are shards with a "text" column; every other file is plain text.
     Raises BadInput that names the file (and line) of a bad document, unless skip_bad.
@@ -127,6 +139,7 @@ class Reader:
         self.skip_bad = skip_bad
         self.skipped = 0
         self.kind = sources[0] if sources[0] in ("pile", "stdlib") else "files"
+        self.paths = []
         if len(sources) > 1 and set(sources) & {"pile", "stdlib"}:
             raise BadInput(f"--source {' '.join(sources)}: pile and stdlib stand alone, not beside others")
         if self.kind == "stdlib":
@@ -135,11 +148,30 @@ class Reader:
         elif self.kind == "files":
             self.paths = list(dict.fromkeys(path for source in sources for path in expand(source)))  # each once
 
-    def __iter__(self):
+    def units(self):
+        """The source in parts for read(), in order. They do not depend on how many workers there are."""
         if self.kind == "pile":
-            yield from self.read_hub(PILE)
-            return
+            return list(range(self.hub(PILE).num_shards))
+        units, size = [], UNIT_BYTES
         for path in self.paths:
+            if size >= UNIT_BYTES:
+                units.append([])
+                size = 0
+            units[-1].append(path)
+            with contextlib.suppress(OSError):  # read() will say so
+                size += os.path.getsize(path)
+        return units
+
+    def __iter__(self):
+        for unit in self.units():
+            yield from self.read(unit)
+
+    def read(self, unit):
+        """The documents of one of the units()."""
+        if self.kind == "pile":
+            yield from self.read_hub(PILE, unit)
+            return
+        for path in unit:
             name = path.lower()
             try:
                 if name.endswith((".jsonl", ".jsonl.zst", ".jsonl.gz")):
@@ -218,17 +250,27 @@ class Reader:
         except pyarrow.ArrowException as error:
             self.bad(f"{path}: not a parquet shard of texts ({error})")
 
-    def read_hub(self, name):
+    def hub(self, name):
         import datasets
 
         try:
-            for row in datasets.load_dataset(name, split="train", streaming=True):
+            return datasets.load_dataset(name, split="train", streaming=True)
+        except OSError as error:
+            raise self.no_hub(name, error) from None
+
+    def read_hub(self, name, shard):
+        dataset = self.hub(name)
+        try:
+            for row in dataset.shard(num_shards=dataset.num_shards, index=shard):
                 yield row["text"]
         except OSError as error:
-            raise BadInput(
-                f"{name} cannot be read from the hub ({error}): mend the connection, or give local shards by "
-                "--source 'DIR/*.jsonl.zst'"
-            ) from None
+            raise self.no_hub(name, error) from None
+
+    def no_hub(self, name, error):
+        return BadInput(
+            f"{name} cannot be read from the hub ({error}): mend the connection, or give local shards by "
+            "--source 'DIR/*.jsonl.zst'"
+        )
 
 
 def zstd_lines(raw):
@@ -362,17 +404,222 @@ class ShardWriter:
         self.file = None
 
 
+def prepare_unit(folder, number, reader, unit, tokenizer, val_fraction, max_tokens, shard_tokens, threads, advance):
+    """Tokenize one unit of a source into folder/unit-NUMBER, which appears whole, at the end, or not at all.
+
+    It holds train_000.bin, ..., val.bin and counts.json. Stops with the document that reaches max_tokens. advance is
+    called with the bytes of text and the tokens that were added.
+    """
+    reader, tokenizer = copy.copy(reader), get_tokenizer(tokenizer)
+    reader.skipped = 0
+    temporary = folder / f"unfinished-{number}-{os.getpid()}"  # another process may still be at it, though orphaned
+    temporary.mkdir()
+    train, val = ShardWriter(temporary, "train", shard_tokens), ShardWriter(temporary, "val")
+    with concurrent.futures.ThreadPoolExecutor(threads) as executor:  # tiktoken works outside the interpreter lock
+        work = ordered_map(
+            executor,
+            lambda texts: tokenize(texts, tokenizer, val_fraction),
+            batches(reader.read(unit)),
+            window=2 * threads,
+        )
+        for documents in work:
+            for tokens, n_bytes, held_out in documents:
+                if train.tokens >= max_tokens:
+                    break
+                (val if held_out else train).write(tokens)
+                advance(n_bytes, len(tokens))
+            if train.tokens >= max_tokens:
+                work.close()
+                break
+    train.close()
+    val.close()
+    counts = dict(train_tokens=train.tokens, val_tokens=val.tokens, train_documents=train.documents,
+                  val_documents=val.documents, skipped_documents=reader.skipped, shards=train.shards)  # fmt: skip
+    (temporary / "counts.json").write_text(json.dumps(counts))
+    finished = folder / f"unit-{number}"
+    try:
+        os.replace(temporary, finished)
+    except OSError:
+        if not finished.exists():  # else an orphaned process was faster, with the same bytes
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Progress:
+    """Bytes of text and tokens so far, counted by several processes."""
+
+    def __init__(self, context):
+        self.values = context.Array("q", 2)
+
+    def __call__(self, n_bytes, n_tokens):
+        with self.values.get_lock():
+            self.values[0] += n_bytes
+            self.values[1] += n_tokens
+
+    def show(self, bar):
+        n_bytes, n_tokens = self.values
+        elapsed = max(bar.format_dict["elapsed"], 1e-9)
+        bar.set_postfix_str(f"{n_tokens / 1e6:.1f}M tokens, {n_tokens / elapsed / 1e6:.2f}M tokens/s", refresh=False)
+        bar.update(n_bytes - bar.n)
+
+
+def start_worker(progress):
+    """In each worker process. Ctrl-C is its parent's business; should that be killed, it ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_worker.progress = progress
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def work_on(*arguments):
+    prepare_unit(*arguments, advance=start_worker.progress)
+
+
+def prepare_units(folder, reader, units, workers, max_tokens, bar, **options):
+    """prepare_unit for all units that are not in folder yet, or as many of the first as reach max_tokens."""
+
+    def enough():
+        return max_tokens < math.inf and sum(c["train_tokens"] for c in read_counts(folder)) >= max_tokens
+
+    todo = [number for number in range(len(units)) if not (folder / f"unit-{number}").exists()]
+    for rest in folder.glob("unfinished-*"):  # of a run that was killed
+        shutil.rmtree(rest, ignore_errors=True)
+    if todo and len(todo) < len(units):
+        bar.write(f"{folder}: {len(units) - len(todo)} of {len(units)} parts are there, going on")
+    context = multiprocessing.get_context("spawn")
+    progress = Progress(context)
+    processes = min(workers, len(todo))
+    options |= dict(max_tokens=max_tokens, threads=math.ceil(workers / max(1, processes)))
+    if processes <= 1:
+        for number in todo:
+            if enough():
+                break
+
+            def advance(n_bytes, n_tokens):
+                progress(n_bytes, n_tokens)
+                progress.show(bar)
+
+            prepare_unit(folder, number, reader, units[number], advance=advance, **options)
+        return
+    order = ("tokenizer", "val_fraction", "max_tokens", "shard_tokens", "threads")
+    options = [options[name] for name in order]
+    try:
+        with concurrent.futures.ProcessPoolExecutor(processes, context, start_worker, (progress,)) as executor:
+            try:
+                running = set()
+                while (todo or running) and not enough():
+                    while todo and len(running) < processes:
+                        number = todo.pop(0)
+                        running.add(executor.submit(work_on, folder, number, reader, units[number], *options))
+                    done, running = concurrent.futures.wait(running, 0.5, concurrent.futures.FIRST_COMPLETED)
+                    progress.show(bar)
+                    for future in done:
+                        future.result()
+            finally:  # whatever they are at is not needed any more
+                for process in multiprocessing.active_children():
+                    process.terminate()
+    except concurrent.futures.BrokenExecutor:
+        raise BadInput(
+            f"--workers={workers}: one of them was killed (no memory?): the same command goes on from the shards that "
+            "are finished, perhaps with fewer workers"
+        ) from None
+
+
+def read_counts(folder):
+    """counts.json of units 0, 1, ... up to the first that is not finished."""
+    counts = []
+    while (path := folder / f"unit-{len(counts)}" / "counts.json").exists():
+        counts.append(json.loads(path.read_text()))
+    return counts
+
+
+def join_units(folder, max_tokens, shard_tokens, eot_token):
+    """Turn folder's units into train_000.bin, ... and val.bin; return the counts. May be killed and done again."""
+    total = collections.Counter()
+    with open(folder / "val.bin", "wb") as val:
+        for number, counts in enumerate(read_counts(folder)):
+            before = total["train_tokens"]
+            if before >= max_tokens:
+                break
+            unit = folder / f"unit-{number}"
+            for shard in range(counts["shards"]):
+                source, target = unit / f"train_{shard:03d}.bin", folder / f"train_{total['shards'] + shard:03d}.bin"
+                if source.exists():  # else an earlier try has moved it
+                    os.replace(source, target)
+            if (unit / "val.bin").exists():
+                with open(unit / "val.bin", "rb") as part:
+                    shutil.copyfileobj(part, val)
+            shards = [folder / f"train_{total['shards'] + shard:03d}.bin" for shard in range(counts["shards"])]
+            total.update(counts)
+            if total["train_tokens"] > max_tokens:  # the document that reaches it is the last
+                total.subtract({name: counts[name] for name in ("train_tokens", "train_documents", "shards")})
+                total.update(cut(shards, max_tokens - before, eot_token))
+        val.flush()
+        os.fsync(val.fileno())
+    return total
+
+
+def cut(shards, n_tokens, eot_token):
+    """Cut a unit's shards after the document that reaches n_tokens; return what is left."""
+    left = collections.Counter(train_tokens=0, train_documents=0, shards=0)
+    ended = False
+    for path in shards:
+        if ended:
+            path.unlink(missing_ok=True)
+            continue
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+        ends = np.flatnonzero(tokens == eot_token) + 1  # of documents
+        enough = ends[ends >= n_tokens - left["train_tokens"]]
+        ended = len(enough) > 0
+        length = int(enough[0]) if ended else len(tokens)
+        left.update(train_tokens=length, train_documents=int((ends <= length).sum()), shards=1)
+        del tokens
+        os.truncate(path, 2 * length)
+    return left
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold the file `path` for this process alone, and remove it in the end. Raises Busy if another one holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two at the same time are the user's to avoid
+        yield
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Busy(f"{path}: another process is preparing the same data: wait for it") from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def least_tokens(reader, tokenizer):
+    """About the fewest tokens to expect, for the check of the disk."""
+    if reader.kind == "pile":
+        return PILE_TOKENS
+    size = 0
+    for path in reader.paths:
+        with contextlib.suppress(OSError):
+            size += os.path.getsize(path) * (2.5 if path.lower().endswith((".zst", ".gz", ".parquet")) else 1)
+    return size / 4.5 if tokenizer == "gpt2" else 0.9 * size  # bytes a token; JSON's own characters are no text
+
+
 def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens=None, shard_tokens=SHARD_TOKENS,
             workers=None, skip_bad=False, quiet=False):  # fmt: skip
     """Tokenize `sources` (a list, see Reader) into the folder out_dir and return its meta.json as a dict.
 
     What is None takes SOURCES' value for this kind of source, `workers` the number of cores. Raises BadInput; then
-    out_dir is as it was before.
+    out_dir is as it was before, and out_dir.unfinished holds the parts that were finished, if any.
     """
     reader = Reader(sources, skip_bad)
     default = SOURCES[reader.kind]
     out_dir = Path(default["out_dir"] if out_dir is None else out_dir)
-    tokenizer = get_tokenizer(default["tokenizer"] if tokenizer is None else tokenizer)
+    tokenizer = default["tokenizer"] if tokenizer is None else tokenizer
+    eot_token = get_tokenizer(tokenizer).eot_token
     val_fraction = default["val_fraction"] if val_fraction is None else val_fraction
     max_tokens = default["max_tokens"] if max_tokens is None else max_tokens
     max_tokens = math.inf if max_tokens is None else max_tokens
@@ -388,73 +635,82 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
             raise BadInput(f"--out_dir={out_dir} exists already: delete it, or give another")
         new_parent = not out_dir.parent.exists()
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=f"{out_dir.name}.tmp-", dir=out_dir.parent)
+        needed, free = 2 * min(max_tokens, least_tokens(reader, tokenizer)), shutil.disk_usage(out_dir.parent).free
     except OSError as error:
         raise BadInput(f"--out_dir={out_dir} cannot be made ({error.strerror}): give another") from None
-    try:
-        train, val = ShardWriter(temporary, "train", shard_tokens), ShardWriter(temporary, "val")
-        with (
-            concurrent.futures.ThreadPoolExecutor(workers) as executor,  # tiktoken works outside the interpreter lock
-            tqdm(desc=str(out_dir), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1) as bar,
-        ):
-            work = ordered_map(
-                executor, lambda texts: tokenize(texts, tokenizer, val_fraction), batches(reader), window=2 * workers
-            )
-            for documents in work:
-                for tokens, n_bytes, held_out in documents:
-                    if train.tokens >= max_tokens:
-                        break
-                    (val if held_out else train).write(tokens)
-                    bar.update(n_bytes)
-                elapsed = max(bar.format_dict["elapsed"], 1e-9)
-                total = train.tokens + val.tokens
-                bar.set_postfix_str(f"{total / 1e6:.1f}M tokens, {total / elapsed / 1e6:.2f}M tokens/s", refresh=False)
-                if train.tokens >= max_tokens:
-                    work.close()
-                    break
-        train.close()
-        val.close()
-        n_documents = train.documents + val.documents
-        if n_documents == 0:
-            raise BadInput(f"--source {' '.join(sources)}: no document in it ({reader.skipped} skipped as bad)")
-        for split, writer in (("validation", val), ("training", train)):
-            if writer.tokens == 0:
-                better = 0.5 if n_documents < 10 else 0.2
-                raise BadInput(
-                    f"--val_fraction={val_fraction} leaves no {split} document out of {n_documents}: try {better}, or "
-                    "give more documents (`split -C 4k FILE` makes many of one)"
-                )
-        meta = dict(
-            tokenizer=tokenizer.name,
-            vocab_size=tokenizer.n_vocab,
-            dtype="uint16",
-            train_tokens=train.tokens,
-            val_tokens=val.tokens,
-            train_documents=train.documents,
-            val_documents=val.documents,
-            skipped_documents=reader.skipped,
-            val_fraction=val_fraction,
-            source=PILE if reader.kind == "pile" else list(sources),
+    folder = out_dir.with_name(out_dir.name + ".unfinished")
+    there = sum(path.stat().st_size for path in folder.rglob("*.bin"))
+    if needed > free + there:
+        raise BadInput(
+            f"--out_dir={out_dir}: about {needed / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free there: make "
+            "room, give another, or a lower --max_tokens"
         )
-        with open(Path(temporary) / "meta.json", "w") as file:
-            json.dump(meta, file, indent=2)
-            file.write("\n")
-        os.chmod(temporary, 0o755)  # mkdtemp's folders are private
-        try:
-            os.replace(temporary, out_dir)
-        except OSError:
-            if not (out_dir / "meta.json").exists():  # else another process was faster with the same data
-                raise
+    job = dict(source=sources, tokenizer=tokenizer, val_fraction=val_fraction, shard_tokens=shard_tokens,
+               max_tokens=None if max_tokens == math.inf else max_tokens)  # fmt: skip
+    try:
+        with alone(out_dir.with_name(out_dir.name + ".lock")):
+            return prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, quiet)
     except OSError as error:
         raise BadInput(f"--out_dir={out_dir} cannot be written ({error.strerror}): make room or give another") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists() and not any(folder.glob("unit-*")):
+            shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
         if new_parent and not any(out_dir.parent.iterdir()):
             out_dir.parent.rmdir()
+
+
+def prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, quiet):
+    """The work of prepare(), in `folder`, which takes the name out_dir in the end."""
+    units = reader.units()
+    job |= dict(units=units, bytes=[os.path.getsize(path) for path in reader.paths if os.path.exists(path)])
+    folder.mkdir(exist_ok=True)
+    job_path = folder / "job.json"
+    if job_path.exists() and any(folder.glob("unit-*")) and json.loads(job_path.read_text()) != job:
+        raise BadInput(
+            f"{folder} holds parts made by other flags or from other files: give those that it was started with "
+            "(job.json in it), or delete it"
+        )
+    job_path.write_text(json.dumps(job))
+    options = {name: job[name] for name in ("tokenizer", "val_fraction", "shard_tokens")}
+    with tqdm(desc=str(out_dir), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1) as bar:
+        prepare_units(folder, reader, units, workers, max_tokens, bar, **options)
+    total = join_units(folder, max_tokens, job["shard_tokens"], eot_token)
+    n_documents = total["train_documents"] + total["val_documents"]
+    empty = None
+    if n_documents == 0:
+        empty = f"--source {' '.join(reader.sources)}: no document in it ({total['skipped_documents']} skipped as bad)"
+    for split, name in (("validation", "val"), ("training", "train")):
+        if not empty and total[f"{name}_tokens"] == 0:
+            better = 0.5 if n_documents < 10 else 0.2
+            empty = (
+                f"--val_fraction={job['val_fraction']} leaves no {split} document out of {n_documents}: try {better}, "
+                "or give more documents (`split -C 4k FILE` makes many of one)"
+            )
+    if empty:
+        shutil.rmtree(folder)
+        raise BadInput(empty)
+    meta = dict(
+        tokenizer=job["tokenizer"],
+        vocab_size=VOCAB_SIZES[job["tokenizer"]],
+        dtype="uint16",
+        train_tokens=total["train_tokens"],
+        val_tokens=total["val_tokens"],
+        train_documents=total["train_documents"],
+        val_documents=total["val_documents"],
+        skipped_documents=total["skipped_documents"],
+        val_fraction=job["val_fraction"],
+        source=PILE if reader.kind == "pile" else list(reader.sources),
+    )
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    for rest in [*folder.glob("unit-*"), *folder.glob("unfinished-*")]:
+        shutil.rmtree(rest)
+    job_path.unlink()
+    os.replace(folder, out_dir)
     if not quiet:
         print(
-            f"{out_dir}: {train.tokens:,} training and {val.tokens:,} validation tokens "
-            f"({train.documents:,} and {val.documents:,} documents, {reader.skipped:,} skipped as bad)"
+            f"{out_dir}: {total['train_tokens']:,} training and {total['val_tokens']:,} validation tokens "
+            f"({total['train_documents']:,} and {total['val_documents']:,} documents, "
+            f"{total['skipped_documents']:,} skipped as bad)"
         )
     return meta
 
@@ -516,7 +772,8 @@ class TokenData:
     """One split of a folder made by prepare_pile.py, as sequences of block_size + 1 tokens in memory-mapped shards.
 
     Raises BadInput that names the file for missing, empty, odd-sized or incomplete shards and for token ids outside the
-    vocabulary: at once for the first CHECKED tokens of the split, for the others when they are read.
+    vocabulary: at once for the first CHECKED tokens of the split, for the others when they are read. Likewise for
+    shards that vanish or shrink later on.
     """
 
     CHECKED = 2**24
@@ -535,20 +792,20 @@ class TokenData:
                 raise BadInput(
                     f"{path} has {size} bytes, no whole number of uint16 tokens: it is damaged, copy it again"
                 )
-        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.paths]
-        checked = 0
-        for path, shard in zip(self.paths, self.shards):
-            start = shard[: self.CHECKED - checked]
-            self.check(start, path)
-            checked += len(start)
-        n_tokens = sum(len(shard) for shard in self.shards)
+        lengths = [path.stat().st_size // 2 for path in self.paths]
+        unchecked = self.CHECKED
+        for shard, length in enumerate(lengths):
+            if unchecked > 0:
+                self.read(shard, 0, min(length, unchecked))
+                unchecked -= length
+        n_tokens = sum(lengths)
         if n_tokens != meta[f"{split}_tokens"]:
             raise BadInput(
                 f"{self.paths[0]}: the {split} split holds {n_tokens} tokens where meta.json counts "
                 f"{meta[f'{split}_tokens']}: a shard is missing, cut short or left over, copy the folder again"
             )
         # Sequence s of a shard is its tokens s * block_size ... (s + 1) * block_size: the last one is only a target.
-        self.first_sequence = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
+        self.first_sequence = np.cumsum([0] + [(length - 1) // block_size for length in lengths])
         if len(self) == 0:
             raise BadInput(
                 f"{self.paths[0]}: {n_tokens} tokens are not one sequence of --block_size={block_size} and its target: "
@@ -558,12 +815,23 @@ class TokenData:
     def __len__(self):
         return int(self.first_sequence[-1])
 
-    def check(self, tokens, path):
-        if len(tokens) and tokens.max() >= self.vocab_size:
+    def read(self, shard, start, count):
+        """Tokens start ... start + count - 1 of a shard, checked.
+
+        Mapped anew each time: a map that stays would count every page it ever touched as this process's memory, and
+        end the process without a word where its file has shrunk.
+        """
+        path = self.paths[shard]
+        try:
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=2 * start, shape=(count,))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path} has vanished or shrunk ({error}): put it back as it was") from None
+        if tokens.max() >= self.vocab_size:
             raise BadInput(
                 f"{path} holds token id {tokens.max()}, but --vocab_size={self.vocab_size}: it is damaged, or made by "
                 "another tokenizer; give its own --vocab_size or prepare it again"
             )
+        return tokens
 
     def sequences(self, indices):
         """The sequences numbered `indices`, each with its next token: a (len(indices), block_size + 1) int64 array."""
@@ -571,9 +839,7 @@ class TokenData:
         for index in indices:
             shard = np.searchsorted(self.first_sequence, index, side="right") - 1
             start = (index - self.first_sequence[shard]) * self.block_size
-            row = self.shards[shard][start : start + self.block_size + 1]
-            self.check(row, self.paths[shard])
-            rows.append(row)
+            rows.append(self.read(shard, start, self.block_size + 1))
         return np.stack(rows).astype(np.int64)
 
     def in_order(self, first, count, seed):
@@ -606,7 +872,7 @@ def main(argv=None):
     parser.add_argument(
         "--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens in a training shard (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, help="threads that tokenize (all cores)")
+    parser.add_argument("--workers", type=int, help="processes, or threads for a single shard (all cores)")
     parser.add_argument("--skip_bad", action="store_true", help="leave out and count bad lines and files")
     args = vars(parser.parse_args(argv))
     prepare(args.pop("source"), **args)

@@ -31,7 +31,8 @@ def read_prompt(prompt):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--out_dir", default="out", help="folder of the run, with its ckpt.pt (%(default)s)")
+    parser.add_argument("--out_dir", default="out", help="folder of the run (%(default)s)")
+    parser.add_argument("--ckpt", default="ckpt.pt", help="checkpoint in it: ckpt.pt, ckpt-1.pt, best.pt (%(default)s)")
     parser.add_argument("--prompt", help="text to go on from; - reads it from standard input (the start of a document)")
     parser.add_argument("--num_samples", type=int, default=3, help="how many (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=400, help="length of each in tokens (%(default)s)")
@@ -46,7 +47,7 @@ def main(argv=None):
     prompt = read_prompt(args.prompt)
     device = find_device(args.device)
 
-    path = Path(args.out_dir) / "ckpt.pt"
+    path = Path(args.out_dir) / args.ckpt
     checkpoint = load_checkpoint(path, mmap=True)
     model = load_model(checkpoint, path, device).eval()
     tokenizer = get_tokenizer(checkpoint["tokenizer"])

@@ -5,7 +5,10 @@
     python train.py --resume                               # go on from out/ckpt.pt
 
 Every field of UniPoolConfig is a flag too: --n_pool=6 shares each pool among a sixth of the layers, --router=softmax
---balance=layer trains a row of Table 5. Writes --out_dir/ckpt.pt and --out_dir/metrics.jsonl.
+--balance=layer trains a row of Table 5. Writes into --out_dir:
+    ckpt.pt, ckpt-1.pt, ...   the newest checkpoint, and --keep in all
+    best.pt                   the one with the lowest validation loss
+    metrics.jsonl             one line every --log_interval steps
 """
 
 import argparse
@@ -14,9 +17,13 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
 import sys
 import time
 import typing
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -24,11 +31,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from prepare_pile import SOURCES, BadInput, Parser, TokenData, prepare, read_meta, run_command
-from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig
+from prepare_pile import SOURCES, BadInput, Busy, Parser, TokenData, prepare, read_meta, run_command
+from unipool import ARCHS, BALANCES, ROUTERS, SCALES, PoolGradient, UniPool, UniPoolConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: each field is a flag, and its default stands here alone
@@ -68,10 +77,12 @@ class Settings:
     eval_interval: int = flag(1000, "steps between validations")
     eval_tokens: int | None = flag(None, "validation tokens used, spread over the split (as many as 8 steps take)")
     ckpt_interval: int = flag(1000, "steps between checkpoints")
+    keep: int = flag(2, "checkpoints kept, the newest included; the best by validation loss is kept beside them")
     log_interval: int = flag(10, "steps between lines of metrics.jsonl")
     compile: bool | None = flag(None, "use torch.compile (on for CUDA)")
     recompute: bool = flag(False, "keep no activations within layers: less memory, about a third more time")
     one_pass: bool = flag(True, "the pool's gradient in one pass; --no-one_pass leaves it to autograd")
+    shard: bool = flag(False, "split weights, gradients and optimizer state over the processes (FSDP2)")
     resume: bool = flag(False, "go on from --out_dir/ckpt.pt; flags not given keep the checkpoint's values")
 
 
@@ -79,6 +90,7 @@ TINY = dict(max_steps=360, warmup=0.05, batch_size=32, lr=1.5e-3, min_lr=2e-4, e
             ckpt_interval=90, log_interval=1)  # fmt: skip
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=list(BALANCES))
 LARGEST_MICRO_BATCH = 2**14  # tokens
+MOST_SKIPPED = 10  # steps in a row with a non-finite loss or gradient, after which the run ends
 
 
 def parse_flags(argv):
@@ -93,7 +105,7 @@ def parse_flags(argv):
         for f in fields(cls):
             kind = (typing.get_args(f.type) or (f.type,))[0]  # int, also of `int | None`
             if kind is bool:
-                options = dict(action="store_true" if f.default is False else argparse.BooleanOptionalAction)
+                options = dict(action=argparse.BooleanOptionalAction)
             else:
                 options = dict(type=kind, choices=CHOICES.get(f.name))
                 options["metavar"] = None if f.name in CHOICES else kind.__name__
@@ -167,10 +179,12 @@ def find_data(settings, device):
             data_dir = stdlib
             if first_here:
                 print(f"{pile} is missing (python prepare_pile.py makes it): a trial on the standard library's sources")
-    if Path(data_dir) == Path(stdlib) and first_here and not Path(stdlib).exists():
-        prepare(["stdlib"])
-    while Path(data_dir) == Path(stdlib) and not Path(stdlib).exists():
-        time.sleep(0.1)  # until that process has made it: it appears whole
+    while Path(data_dir) == Path(stdlib) and not Path(stdlib).exists():  # it appears whole
+        if first_here:
+            with contextlib.suppress(Busy):  # another run is making it
+                prepare(["stdlib"])
+                break
+        time.sleep(0.1)
     return data_dir
 
 
@@ -185,8 +199,11 @@ def read_batch(data, indices, device):
 
 def autocast(device):
     """The context of the forward pass: bf16 products on a GPU that has them, else nothing."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bf16(device))
+
+
+def has_bf16(device):
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def learning_rate(step, settings):
@@ -202,23 +219,45 @@ def learning_rate(step, settings):
 # Checkpoints
 
 
-def load_checkpoint(path, mmap=False):
+def load_checkpoint(path, mmap=False, verify=False):
     """The dict in a checkpoint file, on the CPU: tensors and plain values only, never code. Raises BadInput.
 
-    mmap: leave on the disk what is not used, for sample.py the optimizer's state.
+    mmap: leave on the disk what is not used, or used by several processes. verify: read all of it once, and compare
+    with the checksums in the file.
     """
     path = Path(path)
     if not path.exists():
         raise BadInput(f"{path} is not there: train first (python train.py), or give the run's --out_dir")
     try:
+        if verify and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes fail in as many ways as there are places to damage
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"{path} is damaged, cut short or no checkpoint ({reason}): use another one") from None
-    needed = {"model", "optimizer", "config", "settings", "tokenizer", "step", "position", "rng"}
+    needed = {"model", "optimizer", "config", "settings", "tokenizer", "step", "position", "rng", "best", "skipped"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise BadInput(f"{path} is not a checkpoint of train.py: use another one")
     return checkpoint
+
+
+def kept_name(age):
+    """File name of the checkpoint that is `age` checkpoints older than the newest."""
+    return f"ckpt-{age}.pt" if age else "ckpt.pt"
+
+
+def load_newest(out_dir, mmap):
+    """(checkpoint, path, damaged paths) of the newest one that is whole. Raises BadInput if there is none."""
+    paths = [out_dir / kept_name(age) for age in range(1000)]
+    paths = [path for path in paths if path.exists()] or paths[:1]
+    for i, path in enumerate(paths):
+        try:
+            return load_checkpoint(path, mmap, verify=True), path, paths[:i]
+        except BadInput as error:
+            if path == paths[-1]:
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{error} -- going on from the one before", file=sys.stderr)
 
 
 def load_model(checkpoint, path, device):
@@ -232,18 +271,60 @@ def load_model(checkpoint, path, device):
     return model.to(device)
 
 
-def save_checkpoint(path, **contents):
-    """Write a checkpoint whole or not at all: to a temporary file, which then takes the name."""
-    temporary = path.with_name(path.name + ".tmp")
+def load_optimizer(optimizer, saved):
+    """Load an optimizer's state_dict of whole tensors; each process takes its shard where parameters are sharded."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(params) != len(saved["state"]):
+        raise ValueError(f"it has {len(saved['state'])} parameters, the model {len(params)}")
+    for p, state in zip(params, saved["state"].values()):
+        if isinstance(p, DTensor):
+            for name, value in state.items():
+                if value.shape == p.shape:  # not the count of steps
+                    state[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    optimizer.load_state_dict(saved)
+
+
+def snapshot(value, keep, copy):
+    """The same dicts and lists with every tensor whole and on the CPU, so that a thread can write them.
+
+    Sharded tensors are gathered, which all processes must do together; those that do not `keep` them get None.
+    copy: also what is on the CPU already, because training will change it.
+    """
+    if isinstance(value, dict):
+        return {key: snapshot(v, keep, copy) for key, v in value.items()}
+    if isinstance(value, list):
+        return [snapshot(v, keep, copy) for v in value]
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=copy) if keep else None
+    return value
+
+
+def save_checkpoint(out_dir, contents, keep, is_best):
+    """Write ckpt.pt whole or not at all; the one that had this name becomes ckpt-1.pt and so on, `keep` in all."""
+    path = out_dir / kept_name(0)
+    temporary, temporary_best = path.with_name("ckpt.pt.tmp"), path.with_name("best.pt.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
+        if is_best:  # first, because a run resumed from ckpt.pt takes best.pt for written
+            temporary_best.unlink(missing_ok=True)
+            try:
+                os.link(temporary, temporary_best)  # a second name for the same bytes
+            except OSError:  # some file systems have none
+                shutil.copyfile(temporary, temporary_best)
+            os.replace(temporary_best, path.with_name("best.pt"))
+        for age in reversed(range(1, keep)):
+            if (out_dir / kept_name(age - 1)).exists():
+                os.replace(out_dir / kept_name(age - 1), out_dir / kept_name(age))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for unfinished in (temporary, temporary_best):
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise BadInput(f"{path} cannot be written ({reason}): make room, then --resume from what is there") from None
 
@@ -260,17 +341,29 @@ def trim_metrics(path, step):
     os.replace(temporary, path)
 
 
-def keep_earlier_run(ckpt_path, metrics_path):
-    """Give the files of a run that this one would overwrite the names ckpt.old-1.pt, metrics.old-1.jsonl, or -2 ..."""
-    if not ckpt_path.exists():
-        metrics_path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+def add_metrics(path, line):
+    """Append a line to metrics.jsonl; null stands for what is not finite, which JSON cannot hold."""
+    line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}): make room, then --resume") from None
+
+
+def keep_earlier_run(out_dir):
+    """Move the files of a run that this one would overwrite to out_dir/old-1, or old-2 ..."""
+    names = [path.name for path in out_dir.glob("ckpt*.pt")]
+    if not names:
+        (out_dir / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         return
     number = 1
-    while ckpt_path.with_name(f"ckpt.old-{number}.pt").exists():
+    while (out_dir / f"old-{number}").exists():
         number += 1
-    if metrics_path.exists():
-        os.replace(metrics_path, metrics_path.with_name(f"metrics.old-{number}.jsonl"))
-    os.replace(ckpt_path, ckpt_path.with_name(f"ckpt.old-{number}.pt"))
+    (out_dir / f"old-{number}").mkdir()
+    for name in [*names, "best.pt", "metrics.jsonl"]:
+        if (out_dir / name).exists():
+            os.replace(out_dir / name, out_dir / f"old-{number}" / name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,13 +401,15 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
     count = max(1, min(len(data), eval_tokens // data.block_size))
     if count > micro_batch_size * world_size:  # whole micro-batches: another size would be compiled anew
         count -= count % (micro_batch_size * world_size)
-    indices = np.linspace(0, len(data) - 1, count).astype(np.int64)[rank::world_size]
+    indices = np.linspace(0, len(data) - 1, count).astype(np.int64)
+    own = indices[rank::world_size]
     total = torch.zeros(2, device=device)  # sum of losses, number of sequences
-    for i in range(0, len(indices), micro_batch_size):
-        x, y = read_batch(data, indices[i : i + micro_batch_size], device)
+    for i in range(0, max(1, len(own)), micro_batch_size):
+        part = own[i : i + micro_batch_size]
+        x, y = read_batch(data, part if len(part) else indices[:1], device)  # sharded, all must take part
         with autocast(device):
-            total[0] += model(x, y, keep_logits=False).loss * len(x)
-        total[1] += len(x)
+            total[0] += model(x, y, keep_logits=False).loss * len(part)
+        total[1] += len(part)
     if world_size > 1:
         dist.all_reduce(total)
     model.train()
@@ -327,13 +422,16 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
 
 def run(argv):
     given = parse_flags(argv)
-    ckpt_path = Path(given.get("out_dir", Settings.out_dir)) / "ckpt.pt"
-    saved = load_checkpoint(ckpt_path) if given.get("resume") else None
-    settings, config = settle(given, saved)
-
-    # ---- Processes and device: torchrun sets these variables, one process has none of them
+    # torchrun sets these variables, one process has none of them.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     is_main = rank == 0
+    out_dir = Path(given.get("out_dir", Settings.out_dir))
+    saved, ckpt_path, damaged = None, None, []
+    if given.get("resume"):
+        saved, ckpt_path, damaged = load_newest(out_dir, mmap=world_size > 1)
+    settings, config = settle(given, saved)
+
+    # ---- Batch and device
     if settings.batch_size % world_size:
         raise BadInput(
             f"--batch_size={settings.batch_size} is not divisible by the {world_size} processes: "
@@ -368,7 +466,9 @@ def run(argv):
     # ---- Model and optimizer
     if world_size > 1:  # after all that can be wrong with the flags and the data, which one process then reports
         backend, own_device = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, device_id=own_device, timeout=timedelta(hours=1))  # others wait for the saving
+        timeout = timedelta(minutes=10)
+        dist.init_process_group(backend, device_id=own_device, timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout)  # to agree on something without waiting for the GPU
     torch.manual_seed(settings.seed)
     if saved is None:
         try:
@@ -381,34 +481,42 @@ def run(argv):
     else:
         model = load_model(saved, ckpt_path, device)
     model.recompute, model.one_pass = settings.recompute, settings.one_pass
+    sharded = settings.shard and world_size > 1
+    if sharded:  # the root alone, because every layer uses the pool; gathered once a step, not once a micro-batch
+        policy = MixedPrecisionPolicy(torch.bfloat16 if has_bf16(device) else None, reduce_dtype=torch.float32)
+        mesh = dist.init_device_mesh(device.type, (world_size,))
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        PoolGradient.capacity = 0.25  # memory goes before speed here
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
     step = position = 0  # optimizer steps done, training sequences seen
+    skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped: in all, and the last ones in a row
+    best = math.inf  # lowest validation loss
     if saved is not None:
         try:
-            optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(optimizer, saved["optimizer"])
             torch.set_rng_state(saved["rng"])
-            step, position = int(saved["step"]), int(saved["position"])
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            step, position, best = int(saved["step"]), int(saved["position"]), float(saved["best"])
+            skipped += torch.tensor(saved["skipped"], device=device)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise BadInput(f"{ckpt_path}: its optimizer state is damaged ({error}): use another checkpoint") from None
         del saved
     use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
     runner = forward = torch.compile(model) if use_compile else model
-    if world_size > 1:
+    if world_size > 1 and not sharded:
         device_ids = [device.index] if device.type == "cuda" else None
         runner = DistributedDataParallel(forward, device_ids=device_ids, gradient_as_bucket_view=True)
 
     # ---- Logs
-    metrics_path = ckpt_path.with_name("metrics.jsonl")
+    metrics_path = out_dir / "metrics.jsonl"
     if is_main:
         try:
-            ckpt_path.parent.mkdir(parents=True, exist_ok=True)
+            out_dir.mkdir(parents=True, exist_ok=True)
+            for path in damaged:
+                os.replace(path, path.with_suffix(".damaged"))
+            trim_metrics(metrics_path, step) if given.get("resume") else keep_earlier_run(out_dir)
         except OSError as error:
-            raise BadInput(f"--out_dir={settings.out_dir} cannot be made ({error.strerror}): give another") from None
-        if given.get("resume"):
-            trim_metrics(metrics_path, step)
-        else:
-            keep_earlier_run(ckpt_path, metrics_path)
+            raise BadInput(f"--out_dir={out_dir} cannot be written ({error.strerror}): give another") from None
         pools = f"{config.n_expert} experts in {config.n_pool} pool(s), top-{config.top_k}"
         print(
             f"model: {settings.arch} {settings.scale}, {model.num_params():,} parameters ({model.num_params(True):,} "
@@ -427,6 +535,17 @@ def run(argv):
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
     window_start, window_tokens = time.perf_counter(), 0  # since the last line of the log, for tokens/s
     compiling = use_compile and is_main
+    writer, writing = ThreadPoolExecutor(1), None  # the thread that writes checkpoints, and what it is at
+
+    stop = []  # signals that came during the loop: it finishes the step, saves and ends; the third ends at once
+
+    def on_signal(number, frame):
+        stop.append(number)
+        if len(stop) == 3:  # not two: of one Ctrl-C, torchrun passes on a second
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
 
     # ---- The loop
     if is_main and step >= settings.max_steps:
@@ -446,16 +565,32 @@ def run(argv):
             last = i == accumulation - 1
             for pool in model.pools:
                 pool.keep_copies = i > 0  # the weights are still those of the micro-batch before
-            with contextlib.nullcontext() if world_size == 1 or last else runner.no_sync():
+            # Before the last micro-batch nothing is exchanged: gradients add up in each process.
+            if sharded:
+                model.set_requires_gradient_sync(last)
+                model.set_reshard_after_backward(last)
+            with contextlib.nullcontext() if last or runner is forward else runner.no_sync():
                 with autocast(device):
                     out = runner(x, y, keep_logits=False)
                     loss = out.loss + config.balance_coef * out.balance_loss
                 (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             usage = usage + out.usage.detach() / accumulation
+        if world_size > 1:
+            for tensor in (losses, usage):
+                dist.all_reduce(tensor)
+                tensor /= world_size
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+        grad_norm = grad_norm.full_tensor() if sharded else grad_norm
+        # A loss or gradient that is not finite skips the step. Fused AdamW does so by itself, told in the way of
+        # torch.amp.GradScaler: the loop need not wait for the GPU to know.
+        bad = ~(losses.sum() + grad_norm).isfinite()
+        optimizer.found_inf = bad.float()
         optimizer.step()
         optimizer.zero_grad()
+        if config.balance == "bias":
+            model.update_bias(usage * ~bad)
+        skipped = torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad])
 
         if compiling:
             bar.write(f"first step: {time.perf_counter() - window_start:.0f} s, with torch.compile's work in it")
@@ -463,28 +598,22 @@ def run(argv):
         step += 1
         position += settings.batch_size
         window_tokens += settings.batch_size * config.block_size
-        is_last = step == settings.max_steps
-        evaluating = step % settings.eval_interval == 0 or is_last
-        saving = step % settings.ckpt_interval == 0 or is_last
-        logging = step % settings.log_interval == 0 or evaluating or saving
-        if world_size > 1 and (logging or config.balance == "bias"):
-            for tensor in (losses, usage):
-                dist.all_reduce(tensor)
-                tensor /= world_size
-        if config.balance == "bias":
-            model.update_bias(usage)
+        signals = torch.tensor(len(stop))
+        if world_size > 1:
+            dist.all_reduce(signals, group=control)
+        stopping = signals.item() > 0
+        evaluating = step % settings.eval_interval == 0 or step == settings.max_steps
+        logging = step % settings.log_interval == 0 or evaluating
+        is_best = False
 
         if logging:
-            train_loss, balance_loss = losses.tolist()  # waits for the GPU
-            grad_norm = grad_norm.item()
-            if not math.isfinite(train_loss) or not math.isfinite(grad_norm):
-                raise BadInput(
-                    f"--lr={settings.lr}: step {step} has a loss of {train_loss} and a gradient of norm {grad_norm}; "
-                    f"stopped, and {ckpt_path} is left as it was: try a lower --lr"
-                )
+            (train_loss, balance_loss), grad_norm = losses.tolist(), grad_norm.item()  # waits for the GPU
+            n_skipped, in_a_row = skipped.tolist()
+            stopping = stopping or in_a_row >= MOST_SKIPPED
             tokens_per_second = window_tokens / (time.perf_counter() - window_start)
             line = dict(step=step, train_loss=train_loss, balance_loss=balance_loss, lr=lr, grad_norm=grad_norm,
-                        tokens=position * config.block_size, tokens_per_second=tokens_per_second)  # fmt: skip
+                        tokens=position * config.block_size, tokens_per_second=tokens_per_second,
+                        skipped_steps=n_skipped)  # fmt: skip
             if config.n_expert:
                 line["pool_utilisation"], line["dead_experts"] = pool_utilisation(usage, config.n_pool)
             if peak:
@@ -493,9 +622,10 @@ def run(argv):
                 line["val_loss"] = validate(
                     forward, val_data, settings.eval_tokens, micro_batch_size, rank, world_size, device
                 )
+                is_best = line["val_loss"] < best
+                best = min(best, line["val_loss"])
             if is_main:
-                with open(metrics_path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                add_metrics(metrics_path, line)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
                 if evaluating:
                     mfu = f", MFU {line['mfu']:.1%}" if peak else ""
@@ -506,22 +636,52 @@ def run(argv):
                         f"{tokens_per_second:,.0f} tokens/s{mfu}"
                     )
         bar.update()
-        if saving and is_main:
+        if writing and writing.done():
+            writing.result()  # raises what went wrong in the thread
+        is_last = step == settings.max_steps or stopping
+        if step % settings.ckpt_interval == 0 or is_best or is_last:
+            # The GPU's memory, or the CPU's while training goes on in it, is copied; the rest is the writer's work.
+            state = snapshot(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), is_main, not is_last)
             kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
-            save_checkpoint(
-                ckpt_path, model=model.state_dict(), optimizer=optimizer.state_dict(), config=asdict(config),
-                settings=kept, tokenizer=meta["tokenizer"], step=step, position=position, rng=torch.get_rng_state(),
-            )  # fmt: skip
+            state |= dict(config=asdict(config), settings=kept, tokenizer=meta["tokenizer"], step=step, best=best,
+                          position=position, rng=torch.get_rng_state(), skipped=skipped.tolist())  # fmt: skip
+            if is_main:
+                if writing:
+                    writing.result()
+                writing = writer.submit(save_checkpoint, out_dir, state, settings.keep, is_best)
+        if stopping:
+            break
         if logging:
             window_start, window_tokens = time.perf_counter(), 0
     bar.close()
+    if writing:
+        writing.result()
+    if skipped[1] >= MOST_SKIPPED:
+        raise BadInput(
+            f"--lr={settings.lr}: the last {skipped[1]} steps had a loss or gradient that is not finite and were "
+            f"skipped; stopped at step {step}, with the weights from before them in {out_dir / kept_name(0)}: --resume "
+            "with a lower --lr"
+        )
     if is_main:
-        out_dir = "" if settings.out_dir == Settings.out_dir else f" --out_dir={settings.out_dir}"
-        print(f"{ckpt_path} holds step {step}. Text from it: python sample.py{out_dir}")
+        if step < settings.max_steps:
+            print(f"stopped by {signal.Signals(stop[0]).name if stop else 'a signal'}; --resume goes on")
+        where = "" if str(out_dir) == Settings.out_dir else f" --out_dir={out_dir}"
+        print(f"{out_dir / kept_name(0)} holds step {step}. Text from it: python sample.py{where}")
 
 
 def main(argv=None):
-    run(argv)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run(argv)
+    except RuntimeError as error:
+        if dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+            reason = str(error).strip().split("\n")[0]
+            raise BadInput(f"another process of this run has ended or hangs ({reason}): its own message says why; "
+                           "--resume goes on from the last checkpoint") from None  # fmt: skip
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     # Not at the end of run(): gloo can deadlock when the process group goes before the model that run() still holds.
     if dist.is_initialized():
         dist.destroy_process_group()

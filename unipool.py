@@ -434,7 +434,7 @@ class PoolGradient:
         """Each layer calls this first. What an earlier backward pass left that failed half-way does not count."""
         current = torch._C._current_graph_task_id()
         if current != self.backward_pass:
-            self.backward_pass, self.totals, self.records = current, None, []
+            self.backward_pass, self.totals, self.records = current, [None, None], []
 
     def record(self, weights, ends, *pairs):
         """One layer's x (R, in) and dy (R, out), sorted by expert, for each of the two weights."""
@@ -445,8 +445,9 @@ class PoolGradient:
 
     def add_up(self):
         ends, *uses = zip(*self.records)
-        products = [sum_of_products(ends, *zip(*pairs)) for pairs in uses]
-        self.totals = products if self.totals is None else [t.add_(p) for t, p in zip(self.totals, products)]
+        for i, pairs in enumerate(uses):
+            product = sum_of_products(ends, *zip(*pairs))
+            self.totals[i] = product.float() if self.totals[i] is None else self.totals[i].add_(product)
         self.records = []
 
     def take(self):
@@ -455,18 +456,18 @@ class PoolGradient:
             raise RuntimeError("no layer has recorded: use checkpoint(..., use_reentrant=False), or one_pass = False")
         if self.records:
             self.add_up()
-        totals, self.totals = self.totals, None
+        totals, self.totals = self.totals, [None, None]
         return totals
 
 
 def sum_of_products(ends, xs, dys):
-    """X_i^T dY_i for every expert i: (M, in, out) fp32. ends (M,), x (R, in), dy (R, out): tuples with one a layer."""
+    """X_i^T dY_i for every expert i: (M, in, out). Tuples, one entry a layer: ends (M,), x (R, in), dy (R, out)."""
     experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
     places = torch.cat(experts).argsort(stable=True).argsort()  # of all layers' rows, sorted by expert once more
     x_sorted, dy_sorted = (tensors[0].new_empty(len(places), tensors[0].size(1)) for tensors in (xs, dys))
     for place, x, dy in zip(places.split([len(x) for x in xs]), xs, dys):
         x_sorted[place], dy_sorted[place] = x, dy
-    return F.grouped_mm(x_sorted.t(), dy_sorted, offs=sum(ends).int()).float()
+    return F.grouped_mm(x_sorted.t(), dy_sorted, offs=sum(ends).int())
 
 
 class HandOut(torch.autograd.Function):
@@ -507,14 +508,13 @@ class PoolFFN(torch.autograd.Function):
             h, d_hidden = maybe_compiled(swiglu_backward, ctx.fuse)(hidden, dh)
             ctx.gradient.record((gate_up, down), ends, (rows, d_hidden), (h, dy))
             return grouped_linear(d_hidden, gate_up.transpose(1, 2), ends), None, None, None, None, None
-        first = ctx.gradient.totals is None
+        first = ctx.gradient.totals[0] is None
         if first:
-            ctx.gradient.totals = torch.empty_like(gate_up), torch.empty_like(down)
+            ctx.gradient.totals = [torch.empty_like(gate_up), torch.empty_like(down)]
         beta, dx = 0 if first else 1, torch.empty_like(rows)  # with beta = 0 products overwrite what they find
         weights = gate_up.mT, down.mT, *ctx.gradient.totals
-        # Expert by expert, so that what lies between its products stays in the cache.
         for x, dy_i, hidden_i, dx_i, w1_t, w2_t, dw1, dw2 in by_expert(ends, [rows, dy, hidden, dx], weights):
-            h, d_hidden = swiglu_backward(hidden_i, dy_i @ w2_t)
+            h, d_hidden = swiglu_backward(hidden_i, dy_i @ w2_t)  # of one expert: small enough to stay in the cache
             dw1.addmm_(x.t(), d_hidden, beta=beta)
             dw2.addmm_(h.t(), dy_i, beta=beta)
             torch.mm(d_hidden, w1_t, out=dx_i)

@@ -9,11 +9,13 @@ What is compared takes turns, round by round, in one process, so that a machine 
 Ratios are taken within a round. Medians, with the quartiles as spread.
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -32,6 +34,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
+import prepare_pile
 from prepare_pile import BadInput, Parser, get_tokenizer, prepare, run_command, standard_library_files
 from train import Settings, autocast, find_device, peak_flops
 from unipool import ARCHS, SCALES, UniPool, UniPoolConfig
@@ -310,14 +313,14 @@ def bench_generate(device, args, context=512, new_tokens=32):
 
 
 def bench_prepare(device, args):
-    """prepare_pile.py on the standard library as .jsonl, against tiktoken on the same texts in as many threads."""
+    """prepare_pile.py on the standard library as .jsonl: against tiktoken alone, and several workers against one."""
     tokenizer = get_tokenizer("gpt2")
     texts = [Path(f).read_text(encoding="utf-8", errors="replace") for f in standard_library_files()]
     size = sum(len(text.encode()) for text in texts)
     threads = os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
         memory = {}
-        for copies in (1, 5):
+        for copies in (1, 5, 12):
             with open(f"{folder}/{copies}.jsonl", "w") as file:
                 for _ in range(copies):
                     file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
@@ -329,24 +332,40 @@ def bench_prepare(device, args):
 
         number = 0
 
-        def prepared(copies=1):
+        def prepared(source="1.jsonl", workers=threads):
             nonlocal number
             number += 1
-            prepare([f"{folder}/{copies}.jsonl"], Path(folder) / f"out{number}", "gpt2", quiet=True)
+            prepare([f"{folder}/{source}"], Path(folder) / f"out{number}", "gpt2", workers=workers, quiet=True)
 
         seconds = in_turn(dict(alone=alone, prepared=prepared), args, "prepare")
+        prepare_pile.UNIT_BYTES = 1  # each shard is a unit
+        for i in range(threads):
+            os.link(f"{folder}/12.jsonl", f"{folder}/shard{i}.jsonl")
+        several = {f"{n}": lambda n=n: prepared("shard*.jsonl", workers=n) for n in (1, threads)}
+        few = argparse.Namespace(
+            steps=min(3, args.steps), seconds=math.inf
+        )  # long ones, beside which a start is little
+        by_workers = in_turn(several, few, "workers")
         for copies in (1, 5):
             with PeakMemory(torch.device("cpu")) as peak:
-                prepared(copies)
+                prepared(f"{copies}.jsonl")
             memory[copies * size] = peak.bytes
     rates = {name: quartiles([size / 1e6 / s for s in values]) for name, values in seconds.items()}
     share = quartiles([a / p for a, p in zip(seconds["alone"], seconds["prepared"])])
     print(f"\nGPT-2 tokens from {size / 1e6:.1f} MB of text in {len(texts)} documents, {threads} threads, MB/s\n")
     print("| tiktoken alone | prepare_pile.py | share |\n|---|---|---|")
     print(f"| {spread(rates['alone'], '{:.1f}')} | {spread(rates['prepared'], '{:.1f}')} | {spread(share, '{:.0%}')} |")
+    times = quartiles([a / b for a, b in zip(by_workers["1"], by_workers[f"{threads}"])])
+    megabytes = 12 * threads * size / 1e6
+    median = megabytes / statistics.median(by_workers[f"{threads}"])
+    print(
+        f"\n{megabytes:.0f} MB in {threads} shards: {threads} workers reach {spread(times, '{:.2f}')} times the speed "
+        f"of one, {median:.1f} MB/s"
+    )
     for total, peak in memory.items():
         print(f"\nmemory for {total / 1e6:.0f} MB of text: {peak / 2**20:.0f} MiB beyond the start" if peak else "")
-    return dict(megabytes=size / 1e6, megabytes_per_second=rates, share=share, peak_bytes=memory)
+    return dict(megabytes=size / 1e6, megabytes_per_second=rates, share=share, peak_bytes=memory,
+                workers=threads, times_one_worker=times, megabytes_per_second_of_workers=median)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -410,6 +429,7 @@ def main(argv=None):
     device = find_device(args.device)
     args.compile = args.compile or device.type == "cuda"
 
+    about = machine(device)  # before results change the working tree, which the commit's name tells
     runs = dict(train=bench_train, generate=bench_generate, prepare=bench_prepare, mixtral=bench_mixtral)
     for part in args.parts:
         results = runs[part](device, args)
@@ -418,11 +438,11 @@ def main(argv=None):
         folder = Path(args.results)
         folder.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python -m experiments.bench", *(sys.argv[1:] if argv is None else argv)])
-        record = dict(command=command, machine=machine(device), results=results)
+        record = dict(command=command, machine=about, results=results)
         name = f"bench_{part}_{device.type}"
         (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         if part == "train":
-            where = record["machine"]["gpu"] or record["machine"]["cpu"]
+            where = about["gpu"] or about["cpu"]
             draw_train(results, where, folder / f"{name}.png")
 
 
