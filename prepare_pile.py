@@ -471,8 +471,8 @@ def start_worker(progress):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def work_on(*arguments):
-    prepare_unit(*arguments, advance=start_worker.progress)
+def work_on(*arguments, **options):
+    prepare_unit(*arguments, advance=start_worker.progress, **options)
 
 
 def prepare_units(folder, reader, units, workers, max_tokens, bar, **options):
@@ -491,18 +491,16 @@ def prepare_units(folder, reader, units, workers, max_tokens, bar, **options):
     processes = min(workers, len(todo))
     options |= dict(max_tokens=max_tokens, threads=math.ceil(workers / max(1, processes)))
     if processes <= 1:
+
+        def advance(n_bytes, n_tokens):
+            progress(n_bytes, n_tokens)
+            progress.show(bar)
+
         for number in todo:
             if enough():
                 break
-
-            def advance(n_bytes, n_tokens):
-                progress(n_bytes, n_tokens)
-                progress.show(bar)
-
             prepare_unit(folder, number, reader, units[number], advance=advance, **options)
         return
-    order = ("tokenizer", "val_fraction", "max_tokens", "shard_tokens", "threads")
-    options = [options[name] for name in order]
     try:
         with concurrent.futures.ProcessPoolExecutor(processes, context, start_worker, (progress,)) as executor:
             try:
@@ -510,7 +508,7 @@ def prepare_units(folder, reader, units, workers, max_tokens, bar, **options):
                 while (todo or running) and not enough():
                     while todo and len(running) < processes:
                         number = todo.pop(0)
-                        running.add(executor.submit(work_on, folder, number, reader, units[number], *options))
+                        running.add(executor.submit(work_on, folder, number, reader, units[number], **options))
                     done, running = concurrent.futures.wait(running, 0.5, concurrent.futures.FIRST_COMPLETED)
                     progress.show(bar)
                     for future in done:
@@ -533,7 +531,7 @@ def read_counts(folder):
     return counts
 
 
-def join_units(folder, max_tokens, shard_tokens, eot_token):
+def join_units(folder, max_tokens, eot_token):
     """Turn folder's units into train_000.bin, ... and val.bin; return the counts. May be killed and done again."""
     total = collections.Counter()
     with open(folder / "val.bin", "wb") as val:
@@ -649,12 +647,14 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
                max_tokens=None if max_tokens == math.inf else max_tokens)  # fmt: skip
     try:
         with alone(out_dir.with_name(out_dir.name + ".lock")):
-            return prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, quiet)
+            try:
+                return prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, quiet)
+            finally:  # while no other process may be at work in it
+                if folder.exists() and not any(folder.glob("unit-*")):
+                    shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
     except OSError as error:
         raise BadInput(f"--out_dir={out_dir} cannot be written ({error.strerror}): make room or give another") from None
     finally:
-        if folder.exists() and not any(folder.glob("unit-*")):
-            shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
         if new_parent and not any(out_dir.parent.iterdir()):
             out_dir.parent.rmdir()
 
@@ -674,7 +674,7 @@ def prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, qui
     options = {name: job[name] for name in ("tokenizer", "val_fraction", "shard_tokens")}
     with tqdm(desc=str(out_dir), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1) as bar:
         prepare_units(folder, reader, units, workers, max_tokens, bar, **options)
-    total = join_units(folder, max_tokens, job["shard_tokens"], eot_token)
+    total = join_units(folder, max_tokens, eot_token)
     n_documents = total["train_documents"] + total["val_documents"]
     empty = None
     if n_documents == 0:
@@ -782,17 +782,18 @@ class TokenData:
         folder = Path(data_dir)
         self.block_size, self.vocab_size = block_size, vocab_size
         self.paths = sorted(folder.glob("train_*.bin")) if split == "train" else [folder / "val.bin"]
+        lengths = []
         for path in self.paths or [folder / "train_000.bin"]:
             if not path.is_file():
                 raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py")
             size = path.stat().st_size
+            lengths.append(size // 2)
             if size == 0:
                 raise BadInput(f"{path} is empty: make the folder again by prepare_pile.py")
             if size % 2:
                 raise BadInput(
                     f"{path} has {size} bytes, no whole number of uint16 tokens: it is damaged, copy it again"
                 )
-        lengths = [path.stat().st_size // 2 for path in self.paths]
         unchecked = self.CHECKED
         for shard, length in enumerate(lengths):
             if unchecked > 0:

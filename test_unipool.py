@@ -1415,8 +1415,11 @@ def test_preparing_checks_the_disk_first(tmp_path, monkeypatch):
 def test_two_that_prepare_the_same_data(tmp_path):
     """One at a time: the second is told so, and train.py then waits for the first."""
     write_jsonl(tmp_path / "a.jsonl")
+    at_work = tmp_path / "data.unfinished" / "unfinished-0-1"
+    at_work.mkdir(parents=True)
     with prepare_pile.alone(tmp_path / "data.lock"), pytest.raises(prepare_pile.Busy, match="another process"):
         prepare([str(tmp_path / "a.jsonl")], tmp_path / "data", "bytes", 0.2, quiet=True)
+    assert at_work.exists(), "the second must not touch what the first is making"
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "data", "bytes", 0.2, quiet=True)
 
 

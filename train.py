@@ -90,6 +90,7 @@ TINY = dict(max_steps=360, warmup=0.05, batch_size=32, lr=1.5e-3, min_lr=2e-4, e
             ckpt_interval=90, log_interval=1)  # fmt: skip
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=list(BALANCES))
 LARGEST_MICRO_BATCH = 2**14  # tokens
+SHARDED_CAPACITY = 0.25  # PoolGradient's under --shard, where memory goes before speed
 MOST_SKIPPED = 10  # steps in a row with a non-finite loss or gradient, after which the run ends
 
 
@@ -486,7 +487,7 @@ def run(argv):
         policy = MixedPrecisionPolicy(torch.bfloat16 if has_bf16(device) else None, reduce_dtype=torch.float32)
         mesh = dist.init_device_mesh(device.type, (world_size,))
         fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        PoolGradient.capacity = 0.25  # memory goes before speed here
+        PoolGradient.capacity = SHARDED_CAPACITY
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
     step = position = 0  # optimizer steps done, training sequences seen

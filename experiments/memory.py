@@ -18,7 +18,7 @@ import torch
 
 from experiments.bench import PeakMemory, machine, make_step
 from prepare_pile import BadInput, Parser, run_command
-from train import Settings
+from train import SHARDED_CAPACITY, Settings
 from unipool import LOSS_CHUNK, SCALES, PoolGradient, UniPool, UniPoolConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,7 +74,10 @@ def parts(config, activations, tokens, gpus, shard):
     pool = sum(p.numel() for p in model.pools.parameters())
     share = gpus if shard else 1
     rows = tokens * config.top_k * config.n_layer
-    elements = rows * (2 * config.n_embd + 3 * config.n_hidden), (0.25 if shard else PoolGradient.capacity) * pool
+    elements = (
+        rows * (2 * config.n_embd + 3 * config.n_hidden),
+        (SHARDED_CAPACITY if shard else PoolGradient.capacity) * pool,
+    )
     records = 2 * min(elements)
     held = {
         "weights": 4 * n / share + 2 * n,
