@@ -1460,6 +1460,34 @@ def test_preparing_killed_at_random_moments_ends_as_if_undisturbed(tmp_path):
     assert killed == undisturbed
 
 
+@slow
+@needs_proc
+def test_memory_of_workers_does_not_grow_with_the_data(tmp_path):
+    """The most that any process of a preparation by two workers ever holds, for one and for four times the text."""
+    rng, peaks = random.Random(0), []
+    documents = [{"text": "".join(rng.choice("abcdefgh \n") for _ in range(5000))} for _ in range(50)]
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    for times in (1, 4):
+        sources = [str(tmp_path / f"{times}-{shard}.jsonl") for shard in "ab"]
+        for source in sources:  # each large enough to be a unit
+            Path(source).write_text(lines * (prepare_pile.UNIT_BYTES // len(lines) + 1) * times)
+        flags = ["--tokenizer=bytes", "--val_fraction=0.2", "--workers=2", f"--out_dir={tmp_path / str(times)}"]
+        process = subprocess.Popen([sys.executable, "prepare_pile.py", "--source", *sources, *flags], cwd=HERE,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        peak = 0
+        while process.poll() is None:
+            for path in Path("/proc").glob("[0-9]*/status"):
+                with contextlib.suppress(OSError):  # it has ended
+                    status = path.read_text()
+                    of_this = re.search(rf"^(Pid|PPid):\s+{process.pid}$", status, re.MULTILINE)
+                    resident = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+                    peak = max(peak, int(resident[1])) if of_this and resident else peak
+            time.sleep(0.01)
+        assert process.returncode == 0, "prepare_pile.py failed"
+        peaks.append(peak)
+    assert peaks[1] < 1.1 * peaks[0], f"KiB of the largest process: {peaks}"
+
+
 def test_standard_library_source():
     paths = prepare_pile.standard_library_files()
     assert any(p.endswith("argparse.py") for p in paths) and len(paths) > 200

@@ -307,6 +307,7 @@ def save_checkpoint(out_dir, contents, keep, is_best):
     path = out_dir / kept_name(0)
     temporary, temporary_best = path.with_name("ckpt.pt.tmp"), path.with_name("best.pt.tmp")
     try:
+        # To an open file, not by name: so torch.save lets training go on, else it holds the interpreter lock.
         with open(temporary, "wb") as file:
             torch.save(contents, file)
             file.flush()

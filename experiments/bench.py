@@ -3,6 +3,7 @@
     python -m experiments.bench                                   # training and generation, at this machine's shapes
     python -m experiments.bench --shapes 182m:16384 182m:65536    # scale:tokens a step
     python -m experiments.bench --parts prepare                   # prepare_pile.py against tiktoken alone
+    python -m experiments.bench --parts save                      # what a checkpoint costs the training loop
     python -m experiments.bench --parts mixtral                   # needs pip install transformers
 
 What is compared takes turns, round by round, in one process, so that a machine whose speed drifts slows all alike.
@@ -36,11 +37,11 @@ from tqdm import tqdm
 
 import prepare_pile
 from prepare_pile import BadInput, Parser, get_tokenizer, prepare, run_command, standard_library_files
-from train import Settings, autocast, find_device, peak_flops
+from train import Settings, autocast, find_device, peak_flops, save_checkpoint, snapshot
 from unipool import ARCHS, SCALES, UniPool, UniPoolConfig
 
 HERE = Path(__file__).parent
-PARTS = ("train", "generate", "prepare", "mixtral")
+PARTS = ("train", "generate", "save", "prepare", "mixtral")
 # LxM:tokens is a model of L layers and M experts, of width 256, hidden width 1024 and context 256.
 CPU_SHAPES = ["tiny:2048", "tiny:4096", "tiny:8192", "12x96:2048", "12x96:8192", "24x192:2048"]
 GPU_SHAPES = [f"{scale}:{tokens}" for scale in ("182m", "469m") for tokens in (16384, 32768, 65536)]
@@ -151,7 +152,7 @@ def config_of(shape, arch):
 
 
 def make_step(model, tokens, device, use_compile):
-    """A function for one training step (one micro-batch, clipping, AdamW), and the bytes that stay between steps."""
+    """A function for a training step (one micro-batch, clipping, AdamW), the optimizer, and the bytes kept by both."""
     config = model.config
     betas = (Settings.beta1, Settings.beta2)
     optimizer = model.configure_optimizer(Settings.lr, Settings.weight_decay, betas, Settings.adam_eps)
@@ -168,7 +169,7 @@ def make_step(model, tokens, device, use_compile):
         optimizer.zero_grad()
         wait(device)
 
-    return step, 12 * model.num_params()  # fp32 weights and AdamW's two moments
+    return step, optimizer, 12 * model.num_params()  # fp32 weights and AdamW's two moments
 
 
 def bench_shape(shape, device, args):
@@ -180,7 +181,7 @@ def bench_shape(shape, device, args):
         try:
             with torch.device(device):
                 model = UniPool(config).to(device)
-            step, state = make_step(model, tokens, device, args.compile)
+            step, _, state = make_step(model, tokens, device, args.compile)
             for name, one_pass in [(arch, True)] + ([("unipool, autograd", False)] if arch == "unipool" else []):
 
                 def turn(model=model, step=step, one_pass=one_pass):
@@ -309,6 +310,58 @@ def bench_generate(device, args, context=512, new_tokens=32):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def bench_save(device, args):
+    """What a checkpoint costs the loop: a copy to CPU memory, then steps beside the thread that writes it."""
+    config, tokens = config_of("182m:16384" if device.type == "cuda" else "12x96:2048", "unipool")
+    with torch.device(device):
+        model = UniPool(config).to(device)
+    step, optimizer, state_bytes = make_step(model, tokens, device, args.compile)
+    step()
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    tensors = [t for s in (state["model"], *state["optimizer"]["state"].values()) for t in s.values()]
+
+    def copied():
+        return [t.detach().to("cpu", copy=True) for t in tensors]
+
+    few = argparse.Namespace(steps=min(5, args.steps), seconds=args.seconds)
+    seconds = in_turn(dict(copy=copied, snapshot=lambda: snapshot(state, True, True)), few, "copy")
+    quiet, beside, writing = [], [], []
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(1) as writer:
+
+        def timed_step(times):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+
+        def write(contents):
+            began = time.perf_counter()
+            save_checkpoint(Path(folder), contents, keep=1, is_best=False)
+            writing.append(time.perf_counter() - began)
+
+        for _ in tqdm(range(few.steps), desc="save", unit="round", leave=False):
+            for _ in range(3):
+                timed_step(quiet)
+            future = writer.submit(write, snapshot(state, True, True))
+            while not future.done():
+                timed_step(beside)
+            future.result()
+    results = dict(bytes=state_bytes, step=quartiles(quiet), step_while_writing=quartiles(beside),
+                   longest_step_while_writing=max(beside), writing=quartiles(writing),
+                   **{name: quartiles(values) for name, values in seconds.items()})  # fmt: skip
+    shown = {name: spread(results[name], "{:.2f}") for name in ("copy", "snapshot", "writing", "step")}
+    print(f"\na checkpoint of {state_bytes / 1e9:.2f} GB, seconds\n")
+    print("| bare copy | copy by train.py | a step | a step beside the writing | longest | writing |\n|" + "---|" * 6)
+    print(
+        f"| {shown['copy']} | {shown['snapshot']} | {shown['step']} | "
+        f"{spread(results['step_while_writing'], '{:.2f}')} | {max(beside):.2f} | {shown['writing']} |"
+    )
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Preparing data
 
 
@@ -430,7 +483,8 @@ def main(argv=None):
     args.compile = args.compile or device.type == "cuda"
 
     about = machine(device)  # before results change the working tree, which the commit's name tells
-    runs = dict(train=bench_train, generate=bench_generate, prepare=bench_prepare, mixtral=bench_mixtral)
+    runs = dict(train=bench_train, generate=bench_generate, save=bench_save, prepare=bench_prepare,
+                mixtral=bench_mixtral)  # fmt: skip
     for part in args.parts:
         results = runs[part](device, args)
         if not str(args.results):

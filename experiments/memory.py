@@ -98,7 +98,7 @@ def measured(config, tokens, recompute):
     with torch.device(device):
         model = UniPool(config)
     model.recompute = recompute
-    step, state = make_step(model, tokens, device, use_compile=False)
+    step, _, state = make_step(model, tokens, device, use_compile=False)
     step()
     with PeakMemory(device) as memory:
         step()
