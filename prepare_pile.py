@@ -64,8 +64,8 @@ class BadInput(Exception):
     """Something the user can mend. The message names the flag or file, its value and the mend."""
 
 
-class Busy(BadInput):
-    """Another process is making the same folder of data."""
+class Taken(BadInput):
+    """The folder of data is there already, or another process is making it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -578,7 +578,7 @@ def cut(shards, n_tokens, eot_token):
 
 @contextlib.contextmanager
 def alone(path):
-    """Hold the file `path` for this process alone, and remove it in the end. Raises Busy if another one holds it."""
+    """Hold the file `path` for this process alone, and remove it in the end. Raises Taken if another one holds it."""
     try:
         import fcntl
     except ImportError:  # Windows: two at the same time are the user's to avoid
@@ -588,11 +588,17 @@ def alone(path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Busy(f"{path}: another process is preparing the same data: wait for it") from None
+            raise Taken(f"{path}: another process is preparing the same data: wait for it") from None
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def check_free(out_dir):
+    """Raise Taken unless the folder can be made: it is not there, or empty."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()) or out_dir.samefile(".")):
+        raise Taken(f"--out_dir={out_dir} exists already: delete it, or give another")
 
 
 def least_tokens(reader, tokenizer):
@@ -629,8 +635,7 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
             raise BadInput(f"--{flag}={value} must be at least 1")
     try:
         out_dir = out_dir.resolve() if out_dir.is_symlink() else out_dir
-        if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()) or out_dir.samefile(".")):
-            raise BadInput(f"--out_dir={out_dir} exists already: delete it, or give another")
+        check_free(out_dir)
         new_parent = not out_dir.parent.exists()
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         needed, free = 2 * min(max_tokens, least_tokens(reader, tokenizer)), shutil.disk_usage(out_dir.parent).free
@@ -647,6 +652,7 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
                max_tokens=None if max_tokens == math.inf else max_tokens)  # fmt: skip
     try:
         with alone(out_dir.with_name(out_dir.name + ".lock")):
+            check_free(out_dir)  # another process may just have made it
             try:
                 return prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, quiet)
             finally:  # while no other process may be at work in it

@@ -1417,10 +1417,29 @@ def test_two_that_prepare_the_same_data(tmp_path):
     write_jsonl(tmp_path / "a.jsonl")
     at_work = tmp_path / "data.unfinished" / "unfinished-0-1"
     at_work.mkdir(parents=True)
-    with prepare_pile.alone(tmp_path / "data.lock"), pytest.raises(prepare_pile.Busy, match="another process"):
+    with prepare_pile.alone(tmp_path / "data.lock"), pytest.raises(prepare_pile.Taken, match="another process"):
         prepare([str(tmp_path / "a.jsonl")], tmp_path / "data", "bytes", 0.2, quiet=True)
     assert at_work.exists(), "the second must not touch what the first is making"
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "data", "bytes", 0.2, quiet=True)
+
+
+def test_one_that_finishes_while_another_is_about_to_begin(tmp_path, monkeypatch):
+    """The second has seen no folder yet when the first has it done: it must not make it again, nor harm it."""
+    write_jsonl(tmp_path / "a.jsonl")
+    arguments = [str(tmp_path / "a.jsonl")], tmp_path / "data", "bytes", 0.2
+    usage = shutil.disk_usage
+
+    def first_finishes(path):  # the check of the disk stands between the look at the folder and the lock
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        prepare(*arguments, quiet=True)
+        return usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", first_finishes)
+    with pytest.raises(prepare_pile.Taken, match="exists already"):
+        prepare(*arguments, quiet=True)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["a.jsonl", "data"], "nothing is left beside the data"
+    assert (tmp_path / "data" / "meta.json").exists()
 
 
 @slow

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from prepare_pile import SOURCES, BadInput, Busy, Parser, TokenData, prepare, read_meta, run_command
+from prepare_pile import SOURCES, BadInput, Parser, Taken, TokenData, prepare, read_meta, run_command
 from unipool import ARCHS, BALANCES, ROUTERS, SCALES, PoolGradient, UniPool, UniPoolConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def find_data(settings, device):
                 print(f"{pile} is missing (python prepare_pile.py makes it): a trial on the standard library's sources")
     while Path(data_dir) == Path(stdlib) and not Path(stdlib).exists():  # it appears whole
         if first_here:
-            with contextlib.suppress(Busy):  # another run is making it
+            with contextlib.suppress(Taken):  # another run makes it, or just has
                 prepare(["stdlib"])
                 break
         time.sleep(0.1)
