@@ -169,16 +169,18 @@ def of_draws(layers, key):
 
 def table(results):
     """Rows of figures, a column for each run."""
-    rows = {"validation loss, nats a token": lambda f: f"{f['loss']:.4f}",
-            "next token predicted rightly": lambda f: f"{f['accuracy']:.2%}",
-            "pool utilisation": lambda f: f"{f['utilisation']:.1%}",
-            "dead experts": lambda f: f"{f['dead_experts']} of {len(f['shares'][0])}",
-            "load of the most used, mean = 1": lambda f: f"{f['most_used']:.2f}",
-            "distinct experts a token meets, of those possible": lambda f: f"{f['distinct_share']:.1%}",
-            "the same, if chosen evenly at random": lambda f: f"{f['distinct_share_if_even']:.1%}",
-            "layers that use an expert, mean": lambda f: f"{statistics.fmean(f['layers_of_expert']):.2f}"}  # fmt: skip
+    rows = {
+        "validation loss, nats a token": lambda f: f"{f['loss']:.4f}",
+        "next token predicted rightly": lambda f: f"{f['accuracy']:.2%}",
+        "pool utilisation": lambda f: f"{f['utilisation']:.1%}",
+        "dead experts": lambda f: f"{f['dead_experts']} of {len(f['shares'][0])}",
+        "load of the most used, mean = 1": lambda f: f"{f['most_used']:.2f}",
+        "distinct experts a token meets, of those possible": lambda f: f"{f['distinct_share']:.1%}",
+        "the same, if chosen evenly at random": lambda f: f"{f['distinct_share_if_even']:.1%}",
+        "layers that use an expert*, mean": lambda f: f"{statistics.fmean(f['layers_of_expert']):.2f}",
+    }
     for name, key in (("sigma", "sigma"), ("sum of a token's scores", "score_sum"), ("sum of its gates", "gate_sum")):
-        rows[f"{name}, lowest to highest layer"] = lambda f, key=key: (
+        rows[f"{name}, from the lowest layer up"] = lambda f, key=key: (
             " ".join(f"{value:.2f}" for value in f[key]) if key in f else ""
         )
     for way in ("uniform", "matched"):
@@ -188,13 +190,13 @@ def table(results):
             )
     lines = ["| | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
     lines += [f"| {name} | " + " | ".join(show(f) for f in results.values()) + " |" for name, show in rows.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n* give it at least half of an even load\n"
 
 
 def draw_usage(results, path):
     """The paper's Figure 3: how often each layer chooses each expert, and the sum over layers against an even load."""
-    fig, axes = plt.subplots(2, len(results), figsize=(1 + 4 * len(results), 4.2), dpi=150, layout="constrained",
-                             height_ratios=[2, 1], sharex="col", squeeze=False)  # fmt: skip
+    fig, axes = plt.subplots(2, len(results), figsize=(1.5 + 3.5 * len(results), 4.2), dpi=150, layout="constrained",
+                             height_ratios=[2, 1], sharex="col", sharey="row", squeeze=False)  # fmt: skip
     for (label, f), above, below in zip(results.items(), *axes):
         shares = torch.tensor(f["shares"])  # (L, n_expert)
         L, n_expert = shares.shape
@@ -202,21 +204,18 @@ def draw_usage(results, path):
         pool_of_layer = torch.arange(L) * (n_expert // per_pool) // L
         others = torch.arange(n_expert)[None] // per_pool != pool_of_layer[:, None]  # experts that a layer cannot reach
         relative = (shares * per_pool).masked_fill(others, float("nan"))
-        top = min(relative.nan_to_num().max().item(), 8)
-        image = above.imshow(relative, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=top,
+        image = above.imshow(relative, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=4,
                              interpolation="nearest")  # fmt: skip
         above.set_facecolor("0.9")
-        above.set_yticks(range(0, L, max(1, L // 8)))
         above.set_title(label, fontsize=10)
-        fig.colorbar(
-            image, ax=above, label="share of the layer's tokens, even = 1", extend="max" if top == 8 else "neither"
-        )
+        above.yaxis.get_major_locator().set_params(integer=True)
         load = shares.sum(dim=0) * n_expert / L
         below.bar(range(n_expert), load, width=1, color=colour_of(label, list(results)), edgecolor="white", lw=0.3)
         below.axhline(1, color="0.2", lw=1, ls="--")
-        below.text(n_expert - 0.5, 1.03, "even", ha="right", va="bottom", fontsize=8)
-        below.set_xlabel("expert")
+        below.xaxis.get_major_locator().set_params(integer=True)
+        below.set_xlabel("expert (dashed: even load)")
         below.spines[["top", "right"]].set_visible(False)
+    fig.colorbar(image, ax=axes[0], extend="max", label="share of the layer's\ntokens, even = 1")
     axes[0][0].set_ylabel("layer")
     axes[1][0].set_ylabel("load over all\nlayers, mean = 1")
     fig.savefig(path)
@@ -243,12 +242,15 @@ def draw_probe(results, path):
     for label, f in results.items():
         counts = torch.tensor(f["layers_of_expert"]).bincount(minlength=len(f["shares"]) + 1)
         right.plot(counts / counts.sum(), marker="o", ms=4, color=colour_of(label, list(results)), label=label)
-    right.set_xlabel("layers that give an expert at least half of an even load")
+    right.set_xlabel("layers that use an expert*")
     right.set_ylabel("share of the experts")
     right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     right.xaxis.get_major_locator().set_params(integer=True)
     right.set_ylim(bottom=0)
     right.legend(fontsize=8, frameon=False)
+    right.text(
+        0.98, 0.55, "* give it at least half\nof an even load", transform=right.transAxes, ha="right", fontsize=8
+    )
     for ax in (left, right):
         ax.grid(alpha=0.25, axis="y")
         ax.spines[["top", "right"]].set_visible(False)
