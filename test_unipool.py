@@ -8,6 +8,7 @@ over tokens, brute-force counts, or the same model computed another way.
 
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import math
@@ -33,7 +34,7 @@ import prepare_pile
 import sample
 import train
 import unipool
-from experiments import memory
+from experiments import ablate, compare, evaluate, memory, probe
 from prepare_pile import BadInput, get_tokenizer, prepare, run_command
 from unipool import (
     ARCHS,
@@ -2468,6 +2469,449 @@ def test_memory_of_weights_and_optimizer():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Experiments: comparisons of methods
+
+
+# n_expert, n_pool, top_k, router, balance at 182m, as METHOD and Table 5 have them.
+METHODS_AT_182M = {
+    "dense": (0, 1, 1, "norm", "none"),
+    "vanilla": (96, 12, 1, "softmax", "layer"),
+    "vanilla-norm": (96, 12, 1, "norm", "layer"),
+    "vanilla-sigmoid": (96, 12, 1, "sigmoid", "bias"),
+    "shared-layer-softmax": (96, 1, 1, "softmax", "layer"),
+    "shared-pool-softmax": (96, 1, 1, "softmax", "pool"),
+    "unipool": (96, 1, 1, "norm", "pool"),
+    "unipool-67": (64, 1, 1, "norm", "pool"),
+    "unipool-50": (48, 1, 1, "norm", "pool"),
+    "unipool-42": (40, 1, 1, "norm", "pool"),
+    "g6": (96, 6, 1, "norm", "pool"),
+    "g4": (96, 4, 1, "norm", "pool"),
+    "g2": (96, 2, 1, "norm", "pool"),
+    "vanilla-16": (192, 12, 2, "softmax", "layer"),
+    "vanilla-32": (384, 12, 4, "softmax", "layer"),
+    "unipool-16": (192, 1, 2, "norm", "pool"),
+    "unipool-32": (384, 1, 4, "norm", "pool"),
+}
+
+
+def test_methods_are_the_papers_and_are_told_apart():
+    methods = compare.methods(12)
+    assert methods.keys() == METHODS_AT_182M.keys()
+    for name, expected in METHODS_AT_182M.items():
+        config = UniPoolConfig.from_scale("182m", methods[name].arch, **methods[name].flags)
+        assert tuple(getattr(config, field) for field in compare.ROUTING) == expected, name
+        assert compare.method_of(config) == name
+    assert compare.method_of(UniPoolConfig.from_scale("182m", n_expert=50)) is None, "none of the paper's"
+    for scale, n_expert in {"469m": 96, "650m": 144, "830m": 160}.items():  # the paper's reduced pools
+        name = compare.method_of(UniPoolConfig.from_scale(scale, n_expert=n_expert))
+        assert name == ("unipool-42" if scale == "830m" else "unipool-50")
+    assert len({method.colour for method in methods.values()}) == len(methods), "one colour a method"
+
+
+def make_finished_run(folder, flags, losses):
+    """A folder as train.py leaves it, with these validation losses in its metrics."""
+    folder.mkdir(parents=True)
+    lines = [dict(step=i + 1, tokens=1000 * (i + 1), train_loss=9.0, val_loss=loss, pool_utilisation=0.5)
+             for i, loss in enumerate(losses)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "run.json").write_text(json.dumps(dict(flags=flags, machine={})))
+    (folder / "ckpt.pt").touch()
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path, capsys):
+    """Seeds that differ by far more than the methods: the paired difference is exact, and its spread small."""
+    flags = ["--max_steps=2", "--decay_steps=2"]
+    runs = ablate.choose_runs(["vanilla", "unipool"], [1, 2, 3], "tiny", flags, tmp_path)
+    finals = {("vanilla", 1): 1.0, ("vanilla", 2): 2.0, ("vanilla", 3): 3.0,
+              ("unipool", 1): 0.9, ("unipool", 2): 1.92, ("unipool", 3): 2.94}  # fmt: skip
+    for run in runs:
+        make_finished_run(run.folder, run.flags, [5.0, finals[run.name, run.seed]])
+    results = ablate.summarise(runs)
+    assert results["UniPool"]["difference"] == pytest.approx({1: -0.1, 2: -0.08, 3: -0.06})
+    assert results["UniPool"]["val_loss"] == {1: 0.9, 2: 1.92, 3: 2.94}
+    rows = ablate.table(results).splitlines()
+    assert "1.9200 (0.9000 to 2.9400)" in rows[3] and "-0.0800 (-0.1000 to -0.0600)" in rows[3]
+    assert "2.0000 (1.0000 to 3.0000)" in rows[2] and "-0." not in rows[2], "vanilla is not compared with itself"
+    ablate.main(["--methods=vanilla", "--report", "--seeds=1", f"--runs={tmp_path}", "--results=", *flags])
+    assert "| vanilla |" in capsys.readouterr().out
+
+
+def test_groups_of_methods_and_pools_that_do_not_fit(tmp_path, capsys):
+    names = lambda groups, scale: [  # noqa: E731
+        run.name for run in ablate.choose_runs(groups, [7], scale, [], tmp_path)
+    ]
+    assert names(["main", "unipool"], "tiny") == ["dense", "vanilla", "unipool", "unipool-67", "unipool-50"]
+    assert names(["table5"], "182m") == list(METHODS_AT_182M)[1:7] + ["g6", "g4", "g2"]
+    capsys.readouterr()
+    assert "g6" not in names(["table5"], "tiny") and "g6 is left out" in capsys.readouterr().err
+    assert set(names(["all"], "182m")) == set(METHODS_AT_182M)
+
+
+ABLATE = ["--methods", "vanilla", "unipool", "--scale=tiny", *(flag for flag in TINY_RUN if "n_expert" not in flag),
+          "--eval_interval=1"]  # fmt: skip
+
+
+def test_ablate_trains_what_is_missing_and_reports(text_data, tmp_path, capsys):
+    """Two methods, one seed; then the same once more, which trains nothing; then with other flags, which is refused."""
+    flags = [*ABLATE, f"--data_dir={text_data}", "--max_steps=2", f"--runs={tmp_path / 'runs'}", "--jobs=2",
+             f"--results={tmp_path / 'results'}", "--seeds=5"]  # fmt: skip
+    ablate.main(flags)
+    first = contents(tmp_path / "runs")
+    ablate.main(flags)
+    assert contents(tmp_path / "runs") == first, "what is done is not done again"
+    assert "2 of 2 runs are done already" in capsys.readouterr().err
+    record = json.loads((tmp_path / "results" / "ablate_tiny.json").read_text())
+    for name in ("vanilla", "unipool"):
+        last = json.loads((tmp_path / "runs" / f"{name}-5" / "metrics.jsonl").read_text().splitlines()[-1])
+        assert record["results"][compare.methods(2)[name].label]["val_loss"] == {"5": last["val_loss"]}
+    assert record["tokens"] == 2 * 8 * 32 and record["runs"].keys() == {"vanilla-5", "unipool-5"}
+    assert {"commit", "cpu", "torch", "python"} <= record["machine"].keys()
+    assert "| UniPool |" in (tmp_path / "results" / "ablate_tiny.md").read_text()
+    assert (tmp_path / "results" / "ablate_tiny.png").read_bytes().startswith(b"\x89PNG")
+    fails(capsys, ablate.main, [*flags, "--lr=0.01"], "run.json", "--runs", touching=tmp_path)
+
+
+@slow
+@needs_proc
+def test_ablate_stopped_in_the_middle_goes_on(text_data, tmp_path):
+    """SIGTERM while runs are under way: they save; the same command then ends with the losses of an undisturbed one."""
+    losses = []
+    for name in ("stopped", "undisturbed"):
+        flags = [*ABLATE, f"--data_dir={text_data}", "--max_steps=30", "--seeds=5", f"--runs={tmp_path / name}",
+                 f"--results={tmp_path / name}"]  # fmt: skip
+        launch = [sys.executable, "-m", "experiments.ablate", *flags]
+        if name == "stopped":
+            process = subprocess.Popen(launch, cwd=HERE, stderr=subprocess.DEVNULL)
+            metrics = tmp_path / name / "vanilla-5" / "metrics.jsonl"
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+                assert process.poll() is None, "it ended too early"
+                time.sleep(0.05)
+            process.terminate()
+            process.wait(timeout=60)
+            step = torch.load(metrics.with_name("ckpt.pt"))["step"]
+            assert 3 <= step < 30, f"the run should have saved when it was stopped, and has step {step}"
+        assert subprocess.run(launch, cwd=HERE, capture_output=True).returncode == 0
+        results = json.loads((tmp_path / name / "ablate_tiny.json").read_text())["results"]
+        losses.append({label: figures["val_loss"] for label, figures in results.items()})
+    assert losses[0] == losses[1]
+
+
+def test_a_run_that_fails_ends_the_others(text_data, tmp_path, capsys):
+    flags = ["--methods", "dense", "--seeds=1", f"--runs={tmp_path}", "--data_dir=nowhere", "--results="]
+    fails(capsys, ablate.main, flags, "dense-1", "--data_dir=nowhere", "log.txt")
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--methods=best"], ["--methods=best", "unipool-67"]),
+        (["--seed=1"], ["--seed=1", "--seeds"]),
+        (["--lr=fast"], ["--lr", "fast"]),
+        (["--jobs=0"], ["--jobs=0"]),
+        (["--scale=1b"], ["--scale=1b", "182m"]),
+        (["--report"], ["--runs", "--report"]),
+    ],
+)
+def test_bad_flags_of_ablate(flags, named, capsys, tmp_path):
+    fails(capsys, ablate.main, [f"--runs={tmp_path / 'runs'}", *flags], *named, touching=tmp_path)
+
+
+def test_compare_names_runs_by_their_method(text_data, tmp_path, capsys):
+    for name, flags in {"a": [], "b": ["--arch=dense", "--n_expert=0"], "c": ["--seed=2"]}.items():
+        tiny = [flag for flag in TINY_RUN if "n_expert" not in flag]
+        train.main([*tiny, f"--data_dir={text_data}", f"--out_dir={tmp_path / name}", "--max_steps=2",
+                    "--eval_interval=1", *flags])  # fmt: skip
+    capsys.readouterr()
+    runs = [str(tmp_path / name) for name in "abc"]
+    compare.main([*runs, f"--out={tmp_path / 'x.png'}"])
+    out = capsys.readouterr().out
+    assert out.count("| UniPool |") == 2 and out.count("| dense |") == 1
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    last = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    assert f"{last:.4f}" in out
+    fails(capsys, compare.main, [*runs, "--key=loss"], "--key=loss", "val_loss", touching=tmp_path)
+    fails(capsys, compare.main, [*runs, "--labels", "x"], "--labels", "3 runs", touching=tmp_path)
+    fails(capsys, compare.main, [tmp_path / "d"], tmp_path / "d" / "metrics.jsonl", touching=tmp_path)
+    fails(capsys, compare.main, [*runs, "--out=x.txt"], "--out=x.txt", touching=tmp_path)
+
+
+def test_a_curve_is_the_mean_of_its_runs():
+    _, ax = compare.plt.subplots()
+    runs = [([1e6, 2e6, 3e6], [3.0, 2.0, 1.0]), ([1e6, 2e6], [4.0, 3.0])]
+    compare.draw_curves(ax, {"UniPool": runs, "mine": runs[:1]}, "val_loss")
+    first, second = ax.lines
+    np.testing.assert_allclose(first.get_xydata(), [[1, 3.5], [2, 2.5]], err_msg="over the points that all runs have")
+    assert first.get_color() == compare.methods(12)["unipool"].colour != second.get_color()
+    assert ax.get_xlabel() == "million training tokens"
+    assert compare.smooth([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    compare.plt.close("all")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experiments: probes of the routing
+
+
+def watched_model(**overrides):
+    """A small model whose routers are watched, and what the routers themselves returned, call by call."""
+    model, seen = small_model(**overrides).eval(), []
+    for block in model.blocks:
+        block.router.register_forward_hook(lambda module, args, result: seen.append(result))
+        block.router = probe.WatchedRouter(block.router)
+    return model, seen
+
+
+@pytest.mark.parametrize("n_pool, top_k", [(1, 1), (1, 3), (2, 2), (4, 1)])
+def test_routing_statistics_against_counts(n_pool, top_k):
+    model, seen = watched_model(n_pool=n_pool, top_k=top_k)
+    found = probe.Statistics(model.config, torch.device("cpu"))
+    with torch.no_grad():
+        for seed in (1, 2):
+            model(random_tokens(model.config, seed=seed))
+            found.add([block.router for block in model.blocks])
+    figures = found.summary()
+    M, L = 8 // n_pool, 4
+    counts = [[0] * 8 for _ in range(L)]
+    met = {}  # (call, token): experts
+    for i, (_, experts, _) in enumerate(seen):
+        layer = i % L
+        for token, choices in enumerate(experts.tolist()):
+            for expert in choices:
+                number = layer * n_pool // L * M + expert
+                counts[layer][number] += 1
+                met.setdefault((i // L, token), set()).add(number)
+    assert found.counts.tolist() == counts
+    total = 2 * 3 * 16
+    assert figures["distinct_share"] == pytest.approx(sum(map(len, met.values())) / total / (L * top_k))
+    loads = [sum(column) for column in zip(*counts)]
+    assert figures["dead_experts"] == loads.count(0)
+    assert figures["most_used"] == pytest.approx(max(loads) / (sum(loads) / 8))
+    used = [sum(counts[l][i] >= total * top_k / M / 2 for l in range(L)) for i in range(8)]
+    assert figures["layers_of_expert"] == used
+    for l in range(L):
+        scores = torch.cat([result[2] for result in seen[l::L]]).sum(dim=1).mean().item()
+        gates = torch.cat([result[0] for result in seen[l::L]]).sum(dim=1).mean().item()
+        assert (figures["score_sum"][l], figures["gate_sum"][l]) == pytest.approx((scores, gates), rel=1e-5)
+    entropies = []
+    for g in range(n_pool):
+        p = np.array(loads[g * M : (g + 1) * M]) / sum(loads[g * M : (g + 1) * M])
+        entropies.append(np.exp(-sum(x * np.log(x) for x in p if x)) / M)
+    assert figures["utilisation"] == pytest.approx(np.mean(entropies), rel=1e-5)
+
+
+@pytest.mark.parametrize("n_pool, top_k", [(1, 1), (2, 2), (4, 1)])
+def test_distinct_experts_of_even_random_choices(n_pool, top_k):
+    """The closed form beside the measured share, against choices that are drawn."""
+    config = small_config(n_pool=n_pool, top_k=top_k)
+    found = probe.Statistics(config, torch.device("cpu"))
+    torch.manual_seed(0)
+
+    class Drawn:
+        experts = None
+
+    routers = [Drawn() for _ in range(4)]
+    for router in routers:
+        router.experts = torch.rand(20000, 8 // n_pool).topk(top_k).indices
+        router.scores = router.gates = torch.ones(20000, 1)
+    found.add(routers)
+    figures = found.summary()
+    assert figures["distinct_share"] == pytest.approx(figures["distinct_share_if_even"], abs=0.005)
+
+
+def test_random_choices_are_uniform_over_the_allowed_and_keep_the_gates():
+    router = NormRouter(32, 8, 2)
+    watched = probe.WatchedRouter(router)
+    watched.allowed, watched.generator = torch.tensor([1, 4, 5, 7]), torch.Generator().manual_seed(0)
+    x = torch.randn(24000, 32)
+    gates, experts, scores = watched(x)
+    torch.testing.assert_close(gates, router(x)[0])
+    torch.testing.assert_close(scores, router(x)[2])
+    assert (experts[:, 0] != experts[:, 1]).all(), "k different experts"
+    for column in experts.t():
+        share = column.bincount(minlength=8) / len(x)
+        torch.testing.assert_close(share, torch.tensor([0, 1, 0, 0, 1, 1, 0, 1]) / 4, atol=0.015, rtol=0)
+    together = (experts == 1).any(dim=1) & (experts == 7).any(dim=1)
+    assert together.float().mean().item() == pytest.approx(1 / 6, abs=0.015), "each pair is equally likely"
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_probe_costs_nothing_when_all_experts_are_alike(alike, text_data):
+    """And its loss is that of train.py's validation, its accuracy that of the logits."""
+    config = dict(vocab_size=320, n_expert=24)
+    model = small_model(**config)
+    if alike:
+        for weight in model.pools.parameters():
+            weight.data[:] = weight.data[:1]
+    data = prepare_pile.TokenData(text_data, "val", prepare_pile.read_meta(text_data, 320), 16, 320)
+    reference = small_model(**config)
+    reference.load_state_dict(model.state_dict())
+    device = torch.device("cpu")
+    figures = probe.probe(model.eval(), data, 512, 2, device, "test")
+    loss = train.validate(reference, data, 512, 8, 0, 1, device)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    indices = np.linspace(0, len(data) - 1, 32).astype(np.int64)
+    tokens = torch.from_numpy(data.sequences(indices))
+    logits = reference.eval()(tokens[:, :-1]).logits
+    assert figures["accuracy"] == pytest.approx((logits.argmax(-1) == tokens[:, 1:]).float().mean().item())
+    assert figures["probe"].keys() == {"uniform", "matched"} and figures["tokens"] == 512
+    changes = []
+    for way in figures["probe"].values():
+        assert way.keys() == {2, 3}, "the deeper half of four layers"
+        changes += [change for layer in way.values() for change in layer["loss"]]
+    assert len(changes) == 8 and (max(map(abs, changes)) < 1e-5) == alike, f"changes of the loss: {changes}"
+
+
+def test_probe_as_a_command(text_data, tmp_path, capsys):
+    for name, flags in {"unipool": [], "vanilla": ["--arch=vanilla"], "dense": ["--arch=dense"]}.items():
+        tiny = [flag for flag in TINY_RUN if "n_expert" not in flag]
+        train.main([*tiny, f"--data_dir={text_data}", f"--out_dir={tmp_path / name}", "--max_steps=2", *flags])
+    capsys.readouterr()
+    runs = [str(tmp_path / "unipool"), str(tmp_path / "vanilla")]
+    probe.main([*runs, "--tokens=256", "--draws=2", "--device=cpu", f"--results={tmp_path / 'results'}"])
+    assert "| | UniPool | vanilla |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "results" / "probe.json").read_text())
+    assert record["results"]["UniPool"]["tokens"] == 256 and record["results"]["vanilla"]["distinct_share"] == 1
+    assert "matched" not in record["results"]["vanilla"]["probe"], "8 experts are all a vanilla layer has"
+    for picture in ("usage", "routing"):
+        assert (tmp_path / "results" / f"probe_{picture}.png").read_bytes().startswith(b"\x89PNG")
+    fails(capsys, probe.main, [tmp_path / "dense", "--device=cpu"], tmp_path / "dense", "dense", touching=tmp_path)
+    fails(capsys, probe.main, [tmp_path / "none"], tmp_path / "none", touching=tmp_path)
+    fails(capsys, probe.main, [*runs, "--draws=0"], "--draws=0", touching=tmp_path)
+    fails(capsys, probe.main, [*runs, "--data_dir=nowhere"], "--data_dir=nowhere", touching=tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experiments: zero-shot tasks
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.fixture
+def adapter():
+    pytest.importorskip("lm_eval", reason="an extra: pip install lm_eval==0.4.13")
+    model = small_model(vocab_size=320, block_size=32).eval()
+    return evaluate.Adapter(model, get_tokenizer("bytes"), batch_size=3)
+
+
+@torch.no_grad()
+def log_p_by_hand(model, tokens):
+    """log p of each token of a list, given those before it, from the model's logits: the first has none."""
+    log_p = F.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1)
+    return [None] + [log_p[i, token].item() for i, token in enumerate(tokens[1:])]
+
+
+@torch.no_grad()
+def test_log_likelihoods_by_hand(adapter):
+    """Texts of all lengths, in batches of three; also without context, and longer than the model's 32 tokens."""
+    requests = [("def f", "(x)"), ("", "abc"), ("a" * 20, "bcd" * 4), ("x", "y"), ("zy" * 30, "later"), ("q", "r" * 33)]
+    found = adapter.loglikelihood([Request(*pair) for pair in requests], disable_tqdm=True)
+    for (context, continuation), (log_p, greedy) in zip(requests, found):
+        tokens = (list(context.encode()) or [256]) + list(continuation.encode())
+        kept = tokens[-33:]  # 32 tokens of input, and the last one
+        predicted = min(len(continuation), len(kept) - 1)
+        steps = F.log_softmax(adapter.model(torch.tensor([kept[:-1]])).logits[0].double(), dim=-1)
+        by_hand = [steps[i, token].item() for i, token in enumerate(kept[1:])]
+        assert log_p == pytest.approx(sum(by_hand[-predicted:]), rel=1e-5), (context, continuation)
+        likeliest = adapter.model(torch.tensor([kept[:-1]])).logits[0, -predicted:].argmax(-1).tolist()
+        assert greedy == (likeliest == kept[-predicted:])
+
+
+@torch.no_grad()
+def test_greedy_continuation_is_recognised(adapter):
+    context = list(b"import os")
+    likeliest = adapter.model(torch.tensor([context])).logits[0, -1].argmax().item()
+    other = (likeliest + 1) % 256
+    found = adapter._loglikelihood_tokens([(None, context, [likeliest]), (None, context, [other])], disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [True, False] and found[0][0] > found[1][0]
+
+
+@torch.no_grad()
+def test_rolling_log_likelihoods_by_hand(adapter):
+    """Every token once; those that do not fit into the first window of 32 are predicted in windows of their own."""
+    short, long = "hello world", "0123456789" * 7  # 70 tokens: windows of 32, 32 and 6
+    found = adapter.loglikelihood_rolling([Request(short), Request(long)], disable_tqdm=True)
+    assert found[0] == pytest.approx(sum(log_p_by_hand(adapter.model, [256, *short.encode()])[1:]), rel=1e-5)
+    tokens, total = [256, *long.encode()], 0.0
+    for start, end, first in ((0, 32, 0), (32, 64, 0), (38, 70, 26)):  # inputs start ... end - 1 predict the next
+        log_p = F.log_softmax(adapter.model(torch.tensor([tokens[start:end]])).logits[0].double(), dim=-1)
+        total += sum(log_p[i, tokens[start + i + 1]].item() for i in range(first, end - start))
+    assert found[1] == pytest.approx(total, rel=1e-5)
+
+
+@torch.no_grad()
+def test_continuations_stop_where_they_should(adapter):
+    """Against greedy decoding one token at a time; stop strings are left out."""
+    prompts = ["one", "two", "three", "four", "five"]
+    texts = []
+    for prompt in prompts:
+        tokens = list(prompt.encode())
+        for _ in range(20):
+            tokens.append(adapter.model(torch.tensor([tokens])).logits[0, -1, :257].argmax().item())
+        new = tokens[len(prompt) :]
+        new = new[: new.index(256)] if 256 in new else new
+        texts.append(bytes(new).decode("utf-8", errors="replace"))
+    plain = dict(until=[], max_gen_toks=20)
+    assert adapter.generate_until([Request(p, plain) for p in prompts], disable_tqdm=True) == texts
+    stop = texts[2][5:7]
+    stopped = adapter.generate_until([Request(p, dict(until=[stop], max_gen_toks=20)) for p in prompts], True)
+    assert stopped == [text.split(stop)[0] for text in texts] and stopped[2] != texts[2]
+
+
+TASK = """
+task: endings
+dataset_path: json
+dataset_kwargs:
+  data_files: {folder}/endings.jsonl
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{endings}}}}"
+doc_to_target: "{{{{right}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def test_a_local_task_through_the_harness(text_data, tmp_path, capsys, monkeypatch):
+    """Accuracy on a task of our own, against choosing the likeliest ending by hand; offline."""
+    pytest.importorskip("lm_eval", reason="an extra: pip install lm_eval==0.4.13")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    train.main([*TINY_RUN, f"--data_dir={text_data}", f"--out_dir={tmp_path / 'out'}", "--max_steps=5"])
+    rng = random.Random(0)
+    examples = [dict(text=f"def f{i}(self", endings=[rng.choice([")", "):", " x", "zz", "=1"]) + rng.choice("ab ")
+                     for _ in range(3)], right=rng.randrange(3)) for i in range(12)]  # fmt: skip
+    (tmp_path / "endings.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "endings.yaml").write_text(TASK.format(folder=tmp_path))
+    flags = ["--tasks", "endings", f"--include_path={tmp_path / 'tasks'}", "--device=cpu"]
+    evaluate.main([str(tmp_path / "out"), *flags, f"--results={tmp_path / 'results'}"])
+    model = train.load_model(train.load_checkpoint(tmp_path / "out" / "ckpt.pt"), "", torch.device("cpu"))
+    rights = []
+    for example in examples:
+        sums = []
+        for ending in example["endings"]:
+            n = len(example["text"])
+            sums.append(sum(log_p_by_hand(model, list((example["text"] + ending).encode()))[n:]))
+        rights.append(np.argmax(sums) == example["right"])
+    record = json.loads((tmp_path / "results" / "evaluate.json").read_text())
+    assert record["results"]["endings"]["acc,none"] == pytest.approx(np.mean(rights))
+    assert 0 < np.mean(rights) < 1, "the test needs right and wrong answers"
+    capsys.readouterr()
+    fails(capsys, evaluate.main, [tmp_path / "out", "--tasks=nothing", "--device=cpu"], "--tasks=nothing")
+
+
+def test_the_harness_is_an_extra(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "lm_eval", None)
+    fails(capsys, evaluate.main, ["out"], "pip install lm_eval")
+    fails(capsys, evaluate.main, ["out", "--batch_size=0"], "--batch_size=0")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The commands themselves, and the README
 
 
@@ -2510,6 +2954,13 @@ def test_bad_input_as_a_command(arguments, tmp_path):
 def test_help(script):
     result = command(script, "--help")
     assert result.returncode == 0 and b"--out_dir" in result.stdout and not result.stderr
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (HERE / "experiments").glob("*.py")))
+def test_help_of_experiments(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"experiments.{module}").main(["--help"])
+    assert stop.value.code == 0 and f"python -m experiments.{module}" in capsys.readouterr().out
 
 
 def test_readme_points_at_the_lines_it_names():

@@ -125,6 +125,7 @@ def train_all(runs, jobs, nproc, about):
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are done already", file=sys.stderr)
     running = {}  # slot: (run, process)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, as Ctrl-C
     bar = tqdm(total=sum(run.settings.max_steps for run in todo), initial=sum(run.step() for run in todo), unit="step",
                mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
     waiting = list(todo)

@@ -198,18 +198,18 @@ def draw_usage(results, path):
     fig, axes = plt.subplots(2, len(results), figsize=(1.5 + 3.5 * len(results), 4.2), dpi=150, layout="constrained",
                              height_ratios=[2, 1], sharex="col", sharey="row", squeeze=False)  # fmt: skip
     for (label, f), above, below in zip(results.items(), *axes):
-        shares = torch.tensor(f["shares"])  # (L, n_expert)
+        shares = np.array(f["shares"])  # (L, n_expert)
         L, n_expert = shares.shape
         per_pool = f["experts_per_pool"]
-        pool_of_layer = torch.arange(L) * (n_expert // per_pool) // L
-        others = torch.arange(n_expert)[None] // per_pool != pool_of_layer[:, None]  # experts that a layer cannot reach
-        relative = (shares * per_pool).masked_fill(others, float("nan"))
+        pool_of_layer = np.arange(L) * (n_expert // per_pool) // L
+        others = np.arange(n_expert)[None] // per_pool != pool_of_layer[:, None]  # experts that a layer cannot reach
+        relative = np.where(others, np.nan, shares * per_pool)
         image = above.imshow(relative, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=4,
                              interpolation="nearest")  # fmt: skip
         above.set_facecolor("0.9")
         above.set_title(label, fontsize=10)
         above.yaxis.get_major_locator().set_params(integer=True)
-        load = shares.sum(dim=0) * n_expert / L
+        load = shares.sum(axis=0) * n_expert / L
         below.bar(range(n_expert), load, width=1, color=colour_of(label, list(results)), edgecolor="white", lw=0.3)
         below.axhline(1, color="0.2", lw=1, ls="--")
         below.xaxis.get_major_locator().set_params(integer=True)
@@ -240,7 +240,7 @@ def draw_probe(results, path):
     left.set_ylabel("change of the validation loss,\nnats a token")
     left.legend(fontsize=8, frameon=False)
     for label, f in results.items():
-        counts = torch.tensor(f["layers_of_expert"]).bincount(minlength=len(f["shares"]) + 1)
+        counts = np.bincount(f["layers_of_expert"], minlength=len(f["shares"]) + 1)
         right.plot(counts / counts.sum(), marker="o", ms=4, color=colour_of(label, list(results)), label=label)
     right.set_xlabel("layers that use an expert*")
     right.set_ylabel("share of the experts")
