@@ -2802,20 +2802,25 @@ def log_p_by_hand(model, tokens):
     return [None] + [log_p[i, token].item() for i, token in enumerate(tokens[1:])]
 
 
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
 @torch.no_grad()
-def test_log_likelihoods_by_hand(adapter):
+def test_log_likelihoods_by_hand(name, adapter):
     """Texts of all lengths, in batches of three; also without context, and longer than the model's 32 tokens."""
-    requests = [("def f", "(x)"), ("", "abc"), ("a" * 20, "bcd" * 4), ("x", "y"), ("zy" * 30, "later"), ("q", "r" * 33)]
+    if name == "gpt2":
+        adapter = evaluate.Adapter(small_model(vocab_size=51200, block_size=32).eval(), gpt2_or_skip(), batch_size=3)
+    encode, model = adapter.tokens.encode, adapter.model
+    requests = [("def f", "(x)"), ("", "abc"), ("a b c d e f", " g h" * 4), ("x", "y"), ("zy 0" * 30, " later"),
+                ("q", " r" * 33), ("Naïve café, 你好", " 😀")]  # fmt: skip
     found = adapter.loglikelihood([Request(*pair) for pair in requests], disable_tqdm=True)
     for (context, continuation), (log_p, greedy) in zip(requests, found):
-        tokens = (list(context.encode()) or [256]) + list(continuation.encode())
+        tokens = encode(context + continuation) if context else [adapter.tokens.eot_token, *encode(continuation)]
         kept = tokens[-33:]  # 32 tokens of input, and the last one
-        predicted = min(len(continuation), len(kept) - 1)
-        steps = F.log_softmax(adapter.model(torch.tensor([kept[:-1]])).logits[0].double(), dim=-1)
+        predicted = min(len(encode(continuation)), len(kept) - 1)
+        logits = model(torch.tensor([kept[:-1]])).logits[0].double()
+        steps = F.log_softmax(logits, dim=-1)
         by_hand = [steps[i, token].item() for i, token in enumerate(kept[1:])]
         assert log_p == pytest.approx(sum(by_hand[-predicted:]), rel=1e-5), (context, continuation)
-        likeliest = adapter.model(torch.tensor([kept[:-1]])).logits[0, -predicted:].argmax(-1).tolist()
-        assert greedy == (likeliest == kept[-predicted:])
+        assert greedy == (logits[-predicted:].argmax(-1).tolist() == kept[-predicted:])
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.bench import machine
-from experiments.compare import colour_of, curve, draw_curves, legend_below, methods
+from experiments.compare import colour_of, curve, draw_curves, legend_below, methods, spread
 from prepare_pile import BadInput, Parser, run_command
 from train import find_device, parse_flags, settle
 from unipool import UniPool, UniPoolConfig
@@ -152,12 +152,6 @@ def train_all(runs, jobs, nproc, about):
         for _, process in running.values():
             process.wait()
         bar.close()
-
-
-def spread(values, form="{:.4f}"):
-    """Mean, and what the seeds range over."""
-    mean = form.format(statistics.fmean(values))
-    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else mean
 
 
 def summarise(runs):

@@ -110,6 +110,12 @@ def smooth(values, width):
     return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
+def spread(values, form="{:.4f}"):
+    """Mean, and what the values range over, as text."""
+    mean = form.format(statistics.fmean(values))
+    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else mean
+
+
 def draw_curves(ax, curves, key):
     """curves: {label: [(tokens, values) of each run]}. Mean and band over the points that all runs of a label have."""
     longest = max(xs[-1] for runs in curves.values() for xs, _ in runs if xs)

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from experiments.bench import machine
-from experiments.compare import colour_of, method_of, methods
+from experiments.compare import colour_of, method_of, methods, spread
 from prepare_pile import BadInput, Parser, TokenData, read_meta, run_command
 from train import autocast, find_device, load_checkpoint, load_model, pool_utilisation, read_batch
 
@@ -156,10 +156,6 @@ def probe(model, data, tokens, draws, device, label):
                 losses, accuracies = zip(*changes)
                 figures["probe"][way][l] = dict(loss=losses, accuracy=accuracies)
     return figures
-
-
-def spread(values, form):
-    return f"{form.format(statistics.fmean(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def of_draws(layers, key):
