@@ -2809,7 +2809,7 @@ def test_log_likelihoods_by_hand(name, adapter):
     if name == "gpt2":
         adapter = evaluate.Adapter(small_model(vocab_size=51200, block_size=32).eval(), gpt2_or_skip(), batch_size=3)
     encode, model = adapter.tokens.encode, adapter.model
-    requests = [("def f", "(x)"), ("", "abc"), ("a b c d e f", " g h" * 4), ("x", "y"), ("zy 0" * 30, " later"),
+    requests = [("def f", "(x)"), ("", "abc"), ("a b c d e f", " g h" * 4), ("x", " y"), ("zy 0" * 30, " later"),
                 ("q", " r" * 33), ("Naïve café, 你好", " 😀")]  # fmt: skip
     found = adapter.loglikelihood([Request(*pair) for pair in requests], disable_tqdm=True)
     for (context, continuation), (log_p, greedy) in zip(requests, found):
