@@ -2508,43 +2508,59 @@ def test_methods_are_the_papers_and_are_told_apart():
     assert len({method.colour for method in methods.values()}) == len(methods), "one colour a method"
 
 
-def make_finished_run(folder, flags, losses):
-    """A folder as train.py leaves it, with these validation losses in its metrics."""
-    folder.mkdir(parents=True)
+def make_finished_run(run, losses):
+    """Its folder as ablate.py leaves it, with these validation losses in its metrics."""
+    run.folder.mkdir(parents=True)
     lines = [dict(step=i + 1, tokens=1000 * (i + 1), train_loss=9.0, val_loss=loss, pool_utilisation=0.5)
              for i, loss in enumerate(losses)]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "run.json").write_text(json.dumps(dict(flags=flags, machine={})))
-    (folder / "ckpt.pt").touch()
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run.folder / "run.json").write_text(json.dumps(dict(flags=run.flags, machine={}, done=True)))
+    (run.folder / "ckpt.pt").touch()
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path, capsys):
     """Seeds that differ by far more than the methods: the paired difference is exact, and its spread small."""
-    flags = ["--max_steps=2", "--decay_steps=2"]
-    runs = ablate.choose_runs(["vanilla", "unipool"], [1, 2, 3], "tiny", flags, tmp_path)
-    finals = {("vanilla", 1): 1.0, ("vanilla", 2): 2.0, ("vanilla", 3): 3.0,
-              ("unipool", 1): 0.9, ("unipool", 2): 1.92, ("unipool", 3): 2.94}  # fmt: skip
+    given = dict(scale="tiny", max_steps=2, decay_steps=2, n_embd=64)
+    runs = ablate.choose_runs(["vanilla", "unipool", "unipool-67"], [1, 2, 3], given, tmp_path)
+    finals = {("vanilla", 1): 1.0, ("vanilla", 2): 2.0, ("vanilla", 3): 3.0, ("unipool", 1): 0.9,
+              ("unipool", 2): 1.92, ("unipool", 3): 2.94, ("unipool-67", 1): None}  # fmt: skip
     for run in runs:
-        make_finished_run(run.folder, run.flags, [5.0, finals[run.name, run.seed]])
-    results = ablate.summarise(runs)
-    assert results["UniPool"]["difference"] == pytest.approx({1: -0.1, 2: -0.08, 3: -0.06})
-    assert results["UniPool"]["val_loss"] == {1: 0.9, 2: 1.92, 3: 2.94}
-    rows = ablate.table(results).splitlines()
+        if (run.name, run.seed) in finals:
+            make_finished_run(run, [5.0, finals[run.name, run.seed]])
+    # The report takes the flags from the folders, whatever is given with it.
+    ablate.main(["--methods", "vanilla", "unipool", "unipool-67", "--report", f"--runs={tmp_path}", "--max_steps=9",
+                 f"--results={tmp_path}", "--name=lr0.5"])  # fmt: skip
+    record = json.loads((tmp_path / "lr0.5.json").read_text())
+    assert record["tokens"] == 2 * 32 * 128 and record["seeds"] == [1, 2, 3]
+    results = record["results"]
+    assert results["UniPool"]["difference"] == pytest.approx({"1": -0.1, "2": -0.08, "3": -0.06})
+    assert results["UniPool"]["val_loss"] == {"1": 0.9, "2": 1.92, "3": 2.94}
+    assert results["UniPool"]["parameters"] == UniPool(UniPoolConfig.from_scale("tiny", n_embd=64)).num_params()
+    out, err = capsys.readouterr()
+    rows = out.splitlines()
     assert "1.9200 (0.9000 to 2.9400)" in rows[3] and "-0.0800 (-0.1000 to -0.0600)" in rows[3]
     assert "2.0000 (1.0000 to 3.0000)" in rows[2] and "-0." not in rows[2], "vanilla is not compared with itself"
-    ablate.main(["--methods=vanilla", "--report", "--seeds=1", f"--runs={tmp_path}", "--results=", *flags])
-    assert "| vanilla |" in capsys.readouterr().out
+    assert "unipool-67-1 is left out" in err and "67%" not in out, "a run that diverged has no loss to show"
 
 
 def test_groups_of_methods_and_pools_that_do_not_fit(tmp_path, capsys):
     names = lambda groups, scale: [  # noqa: E731
-        run.name for run in ablate.choose_runs(groups, [7], scale, [], tmp_path)
+        run.name for run in ablate.choose_runs(groups, [7, 7], dict(scale=scale), tmp_path)
     ]
     assert names(["main", "unipool"], "tiny") == ["dense", "vanilla", "unipool", "unipool-67", "unipool-50"]
     assert names(["table5"], "182m") == list(METHODS_AT_182M)[1:7] + ["g6", "g4", "g2"]
     capsys.readouterr()
     assert "g6" not in names(["table5"], "tiny") and "g6 is left out" in capsys.readouterr().err
     assert set(names(["all"], "182m")) == set(METHODS_AT_182M)
+    runs = ablate.choose_runs(["unipool-67"], [1], dict(scale="tiny", n_layer=2), tmp_path)
+    assert [run.config.n_expert for run in runs] == [11], "two thirds of 8 experts in each of 2 layers"
+
+
+def test_runs_side_by_side_have_their_own_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    named = [ablate.environment_of(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
+    assert named == ["4,5", "6,7"]
+    assert ablate.environment_of(0, 1, 4)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
 
 
 ABLATE = ["--methods", "vanilla", "unipool", "--scale=tiny", *(flag for flag in TINY_RUN if "n_expert" not in flag),
@@ -2557,7 +2573,7 @@ def test_ablate_trains_what_is_missing_and_reports(text_data, tmp_path, capsys):
              f"--results={tmp_path / 'results'}", "--seeds=5"]  # fmt: skip
     ablate.main(flags)
     first = contents(tmp_path / "runs")
-    ablate.main(flags)
+    ablate.main([*flags, "--max_steps", "2"])  # the same, spelt otherwise
     assert contents(tmp_path / "runs") == first, "what is done is not done again"
     assert "2 of 2 runs are done already" in capsys.readouterr().err
     record = json.loads((tmp_path / "results" / "ablate_tiny.json").read_text())
@@ -2568,7 +2584,9 @@ def test_ablate_trains_what_is_missing_and_reports(text_data, tmp_path, capsys):
     assert {"commit", "cpu", "torch", "python"} <= record["machine"].keys()
     assert "| UniPool |" in (tmp_path / "results" / "ablate_tiny.md").read_text()
     assert (tmp_path / "results" / "ablate_tiny.png").read_bytes().startswith(b"\x89PNG")
-    fails(capsys, ablate.main, [*flags, "--lr=0.01"], "run.json", "--runs", touching=tmp_path)
+    fails(capsys, ablate.main, [*flags, "--lr=0.01"], "vanilla-5", "--runs", touching=tmp_path)
+    (tmp_path / "runs" / "unipool-5" / "run.json").unlink()  # a run of someone else's, by its looks
+    fails(capsys, ablate.main, flags, "unipool-5", "--runs", touching=tmp_path)
 
 
 @slow
@@ -2605,10 +2623,12 @@ def test_a_run_that_fails_ends_the_others(text_data, tmp_path, capsys):
     "flags, named",
     [
         (["--methods=best"], ["--methods=best", "unipool-67"]),
-        (["--seed=1"], ["--seed=1", "--seeds"]),
+        (["--seed", "1"], ["--seed=1", "--seeds"]),
+        (["--balance=layer"], ["--balance=layer", "--methods"]),
+        (["--methods=g6"], ["--methods=g6", "4 layers"]),
         (["--lr=fast"], ["--lr", "fast"]),
         (["--jobs=0"], ["--jobs=0"]),
-        (["--scale=1b"], ["--scale=1b", "182m"]),
+        (["--scale=1b"], ["--scale", "1b", "182m"]),
         (["--report"], ["--runs", "--report"]),
     ],
 )
@@ -2641,6 +2661,9 @@ def test_a_curve_is_the_mean_of_its_runs():
     compare.draw_curves(ax, {"UniPool": runs, "mine": runs[:1]}, "val_loss")
     first, second = ax.lines
     np.testing.assert_allclose(first.get_xydata(), [[1, 3.5], [2, 2.5]], err_msg="over the points that all runs have")
+    _, other = compare.plt.subplots()
+    compare.draw_curves(other, {"UniPool": [runs[0], ([2e6, 4e6], [5.0, 4.0])]}, "val_loss")
+    np.testing.assert_allclose(other.lines[0].get_xydata(), [[2, 3.5]], err_msg="by tokens, not by their number")
     assert first.get_color() == compare.methods(12)["unipool"].colour != second.get_color()
     assert ax.get_xlabel() == "million training tokens"
     assert compare.smooth([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]

@@ -578,6 +578,8 @@ def run(argv):
                 (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             usage = usage + out.usage.detach() / accumulation
+        for pool in model.pools:
+            pool.keep_copies = False
         if world_size > 1:
             for tensor in (losses, usage):
                 dist.all_reduce(tensor)

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 # Configuration
 
 # The paper's scales (Table 6) and "tiny" (bytes, for a laptop), as differences from UniPoolConfig's defaults. A scale's
-# name is its active size, embeddings included. Everywhere H = 4 * C and M = 8 * L; `balance_coef` is alpha_pool.
+# name is its active size, embeddings included. Everywhere H = 4 * C and n_expert = 8 * L; `balance_coef` is alpha_pool.
 SCALES = {
     "tiny": dict(n_layer=4, n_embd=128, n_head=4, n_kv_head=2, block_size=128, vocab_size=320, init_std=0.04),
     "182m": dict(),
@@ -257,7 +257,7 @@ def norm_router_scale(n_expert, top_k):
     From M = 24 on this touches no draw.
     """
     x = torch.randn(2**15, n_expert, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
-    top = F.relu(x / x.norm(dim=1, keepdim=True)).topk(top_k).values  # (draws, k)
+    top = F.relu(F.normalize(x)).topk(top_k).values  # (draws, k)
     norm = top.norm(dim=1)
     return (1 / norm[norm > 0].clamp(min=0.1 * math.sqrt(top_k / n_expert))).mean().item()
 
@@ -275,8 +275,8 @@ class ExpertPool(nn.Module):
         self.down = nn.Parameter(torch.empty(n_expert, n_hidden, n_embd))
         nn.init.normal_(self.gate_up, std=n_embd**-0.5)  # for use by itself; UniPool.init_weights draws both anew
         nn.init.normal_(self.down, std=n_hidden**-0.5)
-        self.copies = None  # of cast()
-        self.keep_copies = False  # a training loop may set it while no weight changes, as between micro-batches
+        self.copies = None  # gate_up and down as cast() last gave them
+        self.keep_copies = False  # set by a training loop while no weight changes, between micro-batches
 
     @torch.compiler.disable
     def weights(self, one_pass=True):
@@ -300,11 +300,11 @@ class ExpertPool(nn.Module):
     def forward(self, x, gates, experts):
         """x: (N, C), gates: (N, k), experts: (N, k) int64 -> (N, C): the sum over k of gate * expert(x), Eq. 2.
 
-        For one use by itself, in the three steps that Block takes with the model's weights().
+        For one use by itself; Block calls pool_ffn with the model's weights().
         """
         weights = self.weights()
-        rows, order, ends = dispatch(x.to(weights.down.dtype), experts, len(self.down))
-        return combine(run_experts(rows, ends, weights, fuse=False), order, gates).to(x.dtype)
+        y, _ = pool_ffn(x.to(weights.down.dtype), gates, experts, weights)
+        return y.to(x.dtype)
 
 
 class PoolWeights(NamedTuple):
@@ -321,11 +321,21 @@ def product_dtype(weight):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+def pool_ffn(x, gates, experts, weights, fuse=False):
+    """Eq. 2. x: (N, C), gates and experts: (N, k), weights: PoolWeights -> (N, C), and the ends (M,) of dispatch.
+
+    fuse: compile what lies between the products.
+    """
+    rows, order, ends = dispatch(x, experts, len(weights.down))
+    return combine(run_experts(rows, ends, weights, fuse), order, gates), ends
+
+
 def dispatch(x, experts, n_expert):
     """Sort the R = N * k (token, choice) pairs by expert, so that each expert's inputs lie next to each other.
 
-    x: (N, C), experts: (N, k) int64 -> rows (R, C), the order (which pair each row is, and which row each pair), and
-    ends (M,): the rows of expert i are ends[i-1] ... ends[i]-1. No capacity: no token is ever dropped.
+    x: (N, C), experts: (N, k) int64 -> rows (R, C), the order, and ends (M,): the rows of expert i are ends[i-1] ...
+    ends[i]-1. The order: row r holds pair pair_of_row[r], and pair p lies in row row_of_pair[p]; dispatch gathers by
+    the first, combine by the second. No capacity: no token is ever dropped.
     """
     (N, k), C = experts.shape, x.size(1)
     expert_of_row, pair_of_row = experts.flatten().sort(stable=True)  # (R,) each
@@ -364,10 +374,7 @@ class Permute(torch.autograd.Function):
 
 @torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
 def run_experts(rows, ends, weights, fuse):
-    """e_i(x) for the rows x of every expert i. rows: (R, C), ends: (M,), weights: PoolWeights -> (R, C), of one dtype.
-
-    fuse: compile what lies between the products.
-    """
+    """e_i(x) for the rows x of every expert i. rows: (R, C), ends: (M,), weights: PoolWeights, one dtype -> (R, C)."""
     if weights.gradient is not None:
         return PoolFFN.apply(rows, ends, *weights, fuse)
     hidden = grouped_linear(rows, weights.gate_up, ends)  # (R, 2H)
@@ -427,7 +434,7 @@ def maybe_compiled(function, fuse):
 class PoolGradient:
     """The gradients of a pool's two weights, in the making during a backward pass."""
 
-    capacity = 2  # records are added up once they exceed this many times the weights, by less than one layer's
+    capacity = 2  # records are added up once they hold more than this many times the weights' elements
     backward_pass = None  # the one that the records and totals are of
 
     def begin(self):
@@ -463,28 +470,12 @@ class PoolGradient:
 def sum_of_products(ends, xs, dys):
     """X_i^T dY_i for every expert i: (M, in, out). Tuples, one entry a layer: ends (M,), x (R, in), dy (R, out)."""
     experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
-    places = torch.cat(experts).argsort(stable=True).argsort()  # of all layers' rows, sorted by expert once more
+    # places[r]: where row r, of all layers' rows laid end to end, stands once they are sorted by expert together.
+    places = torch.cat(experts).argsort(stable=True).argsort()
     x_sorted, dy_sorted = (tensors[0].new_empty(len(places), tensors[0].size(1)) for tensors in (xs, dys))
     for place, x, dy in zip(places.split([len(x) for x in xs]), xs, dys):
         x_sorted[place], dy_sorted[place] = x, dy
     return F.grouped_mm(x_sorted.t(), dy_sorted, offs=sum(ends).int())
-
-
-class HandOut(torch.autograd.Function):
-    """Hands a pool's weights to the layers. Its backward comes after all of theirs, when the gradients are complete."""
-
-    @staticmethod
-    def forward(ctx, gate_up, down, gate_up_copy, down_copy, gradient):
-        ctx.gradient, ctx.dtype = gradient, gate_up.dtype
-        ctx.set_materialize_grads(False)
-        return gate_up_copy.view_as(gate_up), down_copy.view_as(down)
-
-    @staticmethod
-    @once_differentiable
-    @torch.compiler.disable
-    def backward(ctx, *others):  # gradients of other uses than PoolFFN: as a rule None
-        grads = zip(ctx.gradient.take(), others)
-        return *((total if o is None else total + o).to(ctx.dtype) for total, o in grads), None, None, None
 
 
 class PoolFFN(torch.autograd.Function):
@@ -521,10 +512,30 @@ class PoolFFN(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
+class HandOut(torch.autograd.Function):
+    """Hands a pool's weights to the layers' PoolFFNs. These return no gradient for them, but autograd still calls the
+    backward here after all of theirs: then the gradients are complete.
+    """
+
+    @staticmethod
+    def forward(ctx, gate_up, down, gate_up_copy, down_copy, gradient):
+        ctx.gradient, ctx.dtype = gradient, gate_up.dtype
+        ctx.set_materialize_grads(False)
+        return gate_up_copy.view_as(gate_up), down_copy.view_as(down)
+
+    @staticmethod
+    @once_differentiable
+    @torch.compiler.disable
+    def backward(ctx, *others):  # gradients of other uses than PoolFFN: as a rule None
+        grads = zip(ctx.gradient.take(), others)
+        return *((total if o is None else total + o).to(ctx.dtype) for total, o in grads), None, None, None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Balance losses, on the routing statistics of the layers that share a pool:
 #   f (L, M): the share of the layer's (token, choice) pairs that expert i received; sums to 1, carries no gradient
 #   P (L, M): the mean over tokens of the router's score for expert i before top-k; carries the gradient
+# With G pools these are the rows of one pool's layers, L / G of them.
 
 
 def layer_balance_loss(f, P):
@@ -591,9 +602,7 @@ class Block(nn.Module):
             y = one_token_ffn(h, gates, experts, expert_weights)
             f = torch.zeros_like(scores[0]).index_fill_(0, experts[0], 1 / experts.numel())  # (M,)
         else:
-            rows, order, ends = dispatch(h, experts, scores.size(1))
-            rows = run_experts(rows, ends, expert_weights, fuse=torch.compiler.is_compiling())
-            y = combine(rows, order, gates)  # (N, C)
+            y, ends = pool_ffn(h, gates, experts, expert_weights, fuse=torch.compiler.is_compiling())  # (N, C)
             f = ends.diff(prepend=ends.new_zeros(1)) / experts.numel()  # (M,)
         return x + y.view_as(x).to(x.dtype), f, scores.mean(dim=0)
 
@@ -748,10 +757,8 @@ class UniPool(nn.Module):
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature={temperature} must not be negative and top_k={top_k} at least 1")
         block_size = self.config.block_size
-        idx = idx[:, -block_size:]
-        dtype = self.head.weight.dtype
-        caches = [KVCache(idx.size(0), self.config, idx.device, dtype) for _ in self.blocks]
-        new = idx  # the tokens that the model has not seen yet
+        idx = new = idx[:, -block_size:]  # new: the tokens that the model has not seen yet
+        caches = [KVCache(len(idx), self.config, idx.device, self.head.weight.dtype) for _ in self.blocks]
         for _ in range(max_new_tokens):
             x, _, _ = self.trunk(new, caches)
             logits = self.head(x[:, -1]).float()[:, :n_vocab]  # (B, V)

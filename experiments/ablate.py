@@ -13,6 +13,7 @@ data, so differences are taken seed by seed. Groups of methods: main, table5, po
 import contextlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -25,10 +26,10 @@ import torch
 from tqdm import tqdm
 
 from experiments.bench import machine
-from experiments.compare import colour_of, curve, draw_curves, legend_below, methods, spread
+from experiments.compare import ROUTING, colour_of, curve, draw_curves, legend_below, methods, read_metrics, spread
 from prepare_pile import BadInput, Parser, run_command
-from train import find_device, parse_flags, settle
-from unipool import UniPool, UniPoolConfig
+from train import parse_flags, settle
+from unipool import UniPool
 
 HERE = Path(__file__).parent
 GROUPS = {
@@ -43,69 +44,108 @@ BASELINE = "vanilla"
 
 
 class Run:
-    """One method with one seed: its flags, its folder, and how far it is."""
+    """One method with one seed: its flags (as parse_flags gives them), its folder, and how far it is."""
 
-    def __init__(self, name, method, seed, scale, flags, folder):
-        self.name, self.method, self.seed, self.folder = name, method, seed, folder
-        own = [f"--{key}={value}" for key, value in method.flags.items()]
-        self.flags = [f"--scale={scale}", f"--arch={method.arch}", f"--seed={seed}", *own, *flags]
-        self.settings, self.config = settle(parse_flags(self.flags), None)  # bad flags end here, before any run
-
-    def lines(self):
-        """What metrics.jsonl holds so far; a line that is being written is left out."""
-        try:
-            return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines(True)
-                    if line.endswith("\n")]  # fmt: skip
-        except (OSError, ValueError):
-            return []
+    def __init__(self, name, seed, flags, folder):
+        self.name, self.seed, self.flags, self.folder = name, seed, flags, folder
+        self.label = methods(12)[name].label
+        self.settings, self.config = settle(flags, None)  # bad flags end here, before any run
 
     def step(self):
-        lines = self.lines()
-        return lines[-1]["step"] if lines else 0
+        """The newest step in metrics.jsonl; only the end of the file is read."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            steps = re.findall(rb'^{"step": (\d+).*}\n', file.read(), re.MULTILINE)
+        return int(steps[-1]) if steps else 0
 
     def done(self):
-        return self.step() >= self.settings.max_steps and (self.folder / "ckpt.pt").exists()
+        return bool(read_record(self.folder).get("done"))
 
     def check(self):
-        """Raise BadInput if the folder holds a run by other flags."""
-        path = self.folder / "run.json"
-        if not path.exists():
-            return
-        with contextlib.suppress(ValueError, KeyError):
-            if json.loads(path.read_text())["flags"] == self.flags:
-                return
-        raise BadInput(f"{path}: this run was made by other flags: give another --runs, or delete {self.folder}")
+        """Raise BadInput if the folder holds something else than this run."""
+        if self.folder.exists() and any(self.folder.iterdir()) and read_record(self.folder).get("flags") != self.flags:
+            raise BadInput(f"{self.folder}: this run was made by other flags: give another --runs, or delete it")
 
     def start(self, nproc, environment, about):
         """The process that trains it, or goes on with it; what it prints goes to log.txt."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "run.json").exists():
-            (self.folder / "run.json").write_text(json.dumps(dict(flags=self.flags, machine=about)) + "\n")
+        write_record(self.folder, dict(flags=self.flags, machine=about, done=False))
         launch = [sys.executable]
         if nproc > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        flags = [f"--{'' if value else 'no-'}{key}" if isinstance(value, bool) else f"--{key}={value}"
+                 for key, value in self.flags.items()]  # fmt: skip
         resume = ["--resume"] if (self.folder / "ckpt.pt").exists() else []
-        command = [*launch, HERE.parent / "train.py", *self.flags, f"--out_dir={self.folder}", *resume]
+        command = [*launch, HERE.parent / "train.py", *flags, f"--out_dir={self.folder}", *resume]
         with open(self.folder / "log.txt", "ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
+    def ended(self, status):
+        """Mark the run as done if it is. Raises BadInput with what its log says if it failed."""
+        if status == 0 and self.step() >= self.settings.max_steps:
+            write_record(self.folder, read_record(self.folder) | dict(done=True))
+            return
+        path = self.folder / "log.txt"
+        lines = path.read_text(errors="replace").strip().splitlines() or [f"status {status}"]
+        why = next((line for line in reversed(lines) if "error:" in line), lines[-1])  # torchrun adds more after it
+        raise BadInput(f"{self.folder.name} has ended early ({why}): {path} has more")
 
-def choose_runs(names, seeds, scale, flags, folder):
-    """The Runs of these groups or methods, all methods with the first seed first. Raises BadInput."""
-    n_layer = UniPoolConfig.from_scale(scale).n_layer
-    known = methods(n_layer)
-    names = [name for group in names for name in GROUPS.get(group, [group])]
+
+def read_record(folder):
+    """run.json of a run's folder: its flags, the machine it was started on, and whether it is done; {} without one."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def write_record(folder, record):
+    temporary = folder / "run.json.tmp"
+    temporary.write_text(json.dumps(record) + "\n")
+    os.replace(temporary, folder / "run.json")
+
+
+def choose_runs(names, seeds, given, folder):
+    """The Runs of these groups or methods, all methods with the first seed first. Raises BadInput.
+
+    given: the flags of all of them, as parse_flags gives them.
+    """
+    names = list(dict.fromkeys(name for group in names for name in GROUPS.get(group, [group])))  # each once
     for name in names:
-        if name not in known:
-            raise BadInput(f"--methods={name} is unknown: choose from {', '.join([*GROUPS, *known])}")
+        if name not in methods(12):
+            raise BadInput(f"--methods={name} is unknown: choose from {', '.join([*GROUPS, *methods(12)])}")
+    for name in ("arch", "seed", "out_dir", "resume", *ROUTING):
+        if name in given:
+            raise BadInput(f"--{name}={given[name]} belongs to the method or the run: give --methods, --seeds, --runs")
+    n_layer = settle(given, None)[1].n_layer
     runs = []
-    for seed in seeds:
-        for name in dict.fromkeys(names):  # each once
-            n_pool = known[name].flags.get("n_pool", 1)
+    for seed in dict.fromkeys(seeds):
+        for name in names:
+            method = methods(n_layer)[name]
+            n_pool = method.flags.get("n_pool", 1)
             if n_pool == 1 or (n_pool < n_layer and n_layer % n_pool == 0):
-                runs.append(Run(name, known[name], seed, scale, flags, folder / f"{name}-{seed}"))
+                flags = given | dict(arch=method.arch, seed=seed) | method.flags
+                runs.append(Run(name, seed, flags, folder / f"{name}-{seed}"))
             elif seed == seeds[0]:
-                print(f"{name} is left out: {n_layer} layers cannot share {n_pool} pools", file=sys.stderr)
+                print(f"{name} is left out: {n_pool} pools do not share {n_layer} layers evenly", file=sys.stderr)
+    if not runs:
+        raise BadInput(f"--methods={' '.join(names)}: none of them fits {n_layer} layers")
+    return runs
+
+
+def finished_runs(names, seeds, folder):
+    """The Runs in folder that are done, with the flags that they were made by."""
+    runs = []
+    for seed in dict.fromkeys(seeds):
+        for name in dict.fromkeys(name for group in names for name in GROUPS.get(group, [group])):
+            record = read_record(folder / f"{name}-{seed}")
+            if record.get("done"):
+                runs.append(Run(name, seed, record["flags"], folder / f"{name}-{seed}"))
+    if not runs:
+        raise BadInput(f"--runs={folder}: none of these runs is done; leave out --report to train them")
     return runs
 
 
@@ -114,9 +154,14 @@ def environment_of(slot, jobs, nproc):
     environment = dict(os.environ)
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (jobs * nproc)))
-        if torch.cuda.is_available():
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in range(slot * nproc, (slot + 1) * nproc))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[slot * nproc :][:nproc])
     return environment
+
+
+def visible_gpus():
+    """Their names, as CUDA_VISIBLE_DEVICES has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def train_all(runs, jobs, nproc, about):
@@ -124,11 +169,11 @@ def train_all(runs, jobs, nproc, about):
     todo = [run for run in runs if not run.done()]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are done already", file=sys.stderr)
-    running = {}  # slot: (run, process)
+    running, waiting = {}, list(todo)  # slot: (run, process)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, as Ctrl-C
-    bar = tqdm(total=sum(run.settings.max_steps for run in todo), initial=sum(run.step() for run in todo), unit="step",
+    steps = {run.folder: run.step() for run in todo}
+    bar = tqdm(total=sum(run.settings.max_steps for run in todo), initial=sum(steps.values()), unit="step",
                mininterval=0.5 if sys.stderr.isatty() else 60)  # fmt: skip
-    waiting = list(todo)
     try:
         while waiting or running:
             for slot in range(jobs):
@@ -136,15 +181,14 @@ def train_all(runs, jobs, nproc, about):
                     run = waiting.pop(0)
                     running[slot] = run, run.start(nproc, environment_of(slot, jobs, nproc), about)
             time.sleep(0.5)
-            bar.set_postfix_str(", ".join(run.folder.name for run, _ in running.values()), refresh=False)
-            bar.update(sum(run.step() for run in todo) - bar.n)
             for slot, (run, process) in list(running.items()):
-                if process.poll() is not None:
+                status = process.poll()
+                steps[run.folder] = run.step()
+                if status is not None:
                     del running[slot]
-                    if process.returncode or not run.done():
-                        lines = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()
-                        last = lines[-1] if lines else f"status {process.returncode}"
-                        raise BadInput(f"{run.folder.name} has ended early ({last}): {run.folder / 'log.txt'} has more")
+                    run.ended(status)
+            bar.set_postfix_str(", ".join(run.folder.name for run, _ in running.values()), refresh=False)
+            bar.update(sum(steps.values()) - bar.n)
     finally:
         for _, process in running.values():
             with contextlib.suppress(ProcessLookupError):
@@ -155,14 +199,17 @@ def train_all(runs, jobs, nproc, about):
 
 
 def summarise(runs):
-    """{label: figures} of the runs that are done; differences to the baseline are taken seed by seed."""
+    """{label: figures} of finished runs; differences to the baseline are taken seed by seed."""
     results = {}
     for run in runs:
-        figures = results.setdefault(run.method.label, dict(name=run.name, n_expert=run.config.n_expert, val_loss={}))
+        last = read_metrics(run.folder)[-1]
+        if last["val_loss"] is None:
+            print(f"{run.folder} is left out: its last validation loss is not finite", file=sys.stderr)
+            continue
         with torch.device("meta"):
             model = UniPool(run.config)
+        figures = results.setdefault(run.label, dict(name=run.name, n_expert=run.config.n_expert, val_loss={}))
         figures |= dict(parameters=model.num_params(), active_parameters=model.num_params(active=True))
-        last = run.lines()[-1]
         figures["val_loss"][run.seed] = last["val_loss"]
         if run.config.n_expert:
             figures.setdefault("pool_utilisation", {})[run.seed] = last["pool_utilisation"]
@@ -174,7 +221,8 @@ def summarise(runs):
 
 
 def table(results):
-    heads = ("method", "experts", "parameters (active)", "seeds", "validation loss", "against vanilla", "pool used")
+    heads = ["method", "experts", "parameters (active)", "seeds", "validation loss", "against vanilla",
+             "pool utilisation, last step"]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for label, f in results.items():
         against = spread(list(f["difference"].values()), "{:+.4f}") if f["difference"] else ""
@@ -191,10 +239,11 @@ def draw(runs, results, title, path):
     """The validation curves (the paper's Figure 4), and beside them the difference to the baseline, seed by seed."""
     curves = {}
     for run in runs:
-        curves.setdefault(run.method.label, []).append(curve(run.lines(), "val_loss"))
+        curves.setdefault(run.label, []).append(curve(read_metrics(run.folder), "val_loss"))
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), dpi=150, layout="constrained", width_ratios=[3, 2])
     draw_curves(left, curves, "val_loss")
     names = [label for label, f in results.items() if f["difference"] and f["name"] not in (BASELINE, "dense")]
+    right.set_visible(bool(names))
     for y, label in enumerate(reversed(names)):
         values = list(results[label]["difference"].values())
         right.plot(values, [y] * len(values), "o", color=colour_of(label, names), alpha=0.6, ms=5)
@@ -226,41 +275,38 @@ def main(argv=None):
     parser.add_argument(
         "--results", default=HERE / "results", help="folder for JSON, table and picture; empty for none"
     )
-    given = sys.argv[1:] if argv is None else argv
-    args, flags = parser.parse_known_args(given)
-    taken = [f for f in flags if f.split("=")[0] in ("--arch", "--seed", "--out_dir", "--resume")]
-    if taken:
-        raise BadInput(f"{taken[0]}: give --methods, --seeds and --runs instead, for many runs")
+    arguments = sys.argv[1:] if argv is None else argv
+    args, flags = parser.parse_known_args(arguments)
     for name in ("jobs", "nproc_per_node"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name}={getattr(args, name)} must be at least 1")
+    if args.jobs > 1 and 0 < torch.cuda.device_count() < args.jobs * args.nproc_per_node:
+        raise BadInput(f"--jobs={args.jobs} x --nproc_per_node={args.nproc_per_node} are more than the "
+                       f"{torch.cuda.device_count()} GPUs: lower one of them")  # fmt: skip
     folder = Path(args.runs or Path("runs") / args.scale)
-    try:
-        runs = choose_runs(args.methods, args.seeds, args.scale, flags, folder)
-    except ValueError as error:
-        raise BadInput(f"--scale={args.scale}: {error}") from None
-    about = machine(find_device(runs[0].settings.device))
+    given = parse_flags([f"--scale={args.scale}", *flags])
+    about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not args.report:
+        runs = choose_runs(args.methods, args.seeds, given, folder)
         for run in runs:
             run.check()
         train_all(runs, args.jobs, args.nproc_per_node, about)
-    runs = [run for run in runs if run.done()]
-    if not runs:
-        raise BadInput(f"--runs={folder}: none of these runs is done; leave out --report to train them")
+    runs = finished_runs(args.methods, args.seeds, folder)
     results = summarise(runs)
     print(table(results))
     if str(args.results):
         first = runs[0]
         tokens = first.settings.max_steps * first.settings.batch_size * first.config.block_size
-        command = " ".join(["python -m experiments.ablate", *given])
-        made_by = {run.folder.name: json.loads((run.folder / "run.json").read_text()) for run in runs}
-        record = dict(command=command, machine=about, tokens=tokens, results=results, runs=made_by)
+        command = " ".join(["python -m experiments.ablate", *arguments])
+        made_by = {run.folder.name: read_record(run.folder) for run in runs}
+        record = dict(command=command, machine=about, seeds=sorted({run.seed for run in runs}), tokens=tokens,
+                      results=results, runs=made_by)  # fmt: skip
         path = Path(args.results) / (args.name or f"ablate_{args.scale}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        path.with_suffix(".md").write_text(table(results))
-        title = f"{args.scale}, {tokens / 1e6:,.1f}M tokens, mean of {len({run.seed for run in runs})} seeds"
-        draw(runs, results, title, path.with_suffix(".png"))
+        Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n")
+        Path(f"{path}.md").write_text(table(results))
+        title = f"{args.scale}, {tokens / 1e6:,.1f}M tokens, seeds {', '.join(map(str, record['seeds']))}"
+        draw(runs, results, title, f"{path}.png")
 
 
 if __name__ == "__main__":

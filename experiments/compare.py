@@ -87,10 +87,10 @@ def method_of(config):
 
 
 def read_metrics(folder):
-    """The lines of a run's metrics.jsonl as dicts. Raises BadInput."""
+    """The lines of a run's metrics.jsonl as dicts, but one that is still being written. Raises BadInput."""
     path = Path(folder) / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         if not lines or not all("step" in line and "tokens" in line for line in lines):
             raise ValueError("no lines with step and tokens")
     except (OSError, ValueError, TypeError) as error:
@@ -122,20 +122,21 @@ def draw_curves(ax, curves, key):
     scale, unit = next((s, u) for s, u in ((1e9, "billion"), (1e6, "million"), (1, "")) if longest >= s or s == 1)
     beginnings = []
     for label, runs in curves.items():
-        length = min(len(xs) for xs, _ in runs)
-        xs = [x / scale for x in runs[0][0][:length]]
-        values = list(zip(*(ys[:length] for _, ys in runs)))  # one tuple a point, one value a run
-        if not values:
+        xs = sorted(set.intersection(*(set(xs) for xs, _ in runs)))
+        if not xs:
             continue
+        values = [[dict(zip(*run))[x] for run in runs] for x in xs]  # one list a point, one value a run
         means = [statistics.fmean(v) for v in values]
-        colour = colour_of(label, list(curves))
-        ax.plot(xs, means, color=colour, label=label, lw=1.6, marker="." if length == 1 else None)
+        colour, shown = colour_of(label, list(curves)), [x / scale for x in xs]
+        ax.plot(shown, means, color=colour, label=label, lw=1.6, marker="o" if len(xs) == 1 else None)
         if len(runs) > 1:
-            ax.fill_between(xs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0)
-        beginnings.append(means[length // 6])
+            ax.fill_between(shown, *zip(*((min(v), max(v)) for v in values)), color=colour, alpha=0.2, lw=0)
+        beginnings.append(means[len(xs) // 6])
     if key.endswith("loss") and key != "balance_loss":  # the first steps, from ln V down, would flatten all the rest
         low, high = ax.dataLim.intervaly
-        ax.set_ylim(low - 0.04 * (max(beginnings) - low), min(high, max(beginnings)) + 1e-9)
+        top = min(high, max(beginnings))
+        if top > low:
+            ax.set_ylim(low - 0.04 * (top - low), top + 0.04 * (top - low))
     ax.set_xlabel(f"{unit} training tokens".strip())
     ax.set_ylabel(UNITS.get(key, key))
     ax.grid(alpha=0.25)
@@ -169,8 +170,9 @@ def main(argv=None):
         label = args.labels[i] if args.labels else label
         shown = smooth(ys, max(1, len(ys) // 50)) if args.key in ("train_loss", "grad_norm") else ys
         curves.setdefault(label, []).append((xs, shown))
-        ends.append((label, folder, lines[-1]["step"], ys[-1], min(ys)))
-    print(f"| | run | steps | {args.key} at the end | lowest |\n|---|---|---|---|---|")
+        last = next(line for line in reversed(lines) if line.get(args.key) is not None)
+        ends.append((label, folder, last["step"], ys[-1], min(ys)))
+    print(f"| | run | step | {args.key} then | lowest |\n|---|---|---|---|---|")
     for label, folder, steps, last, lowest in ends:
         print(f"| {label} | {folder} | {steps:,} | {last:.4f} | {lowest:.4f} |")
     fig, ax = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")

@@ -117,21 +117,22 @@ class Adapter(TemplateLM):
 
     def continuations(self, idx, most, stops, temperature):
         """idx: (B, T) prompts of one length -> B strings of up to `most` tokens."""
-        new = [[] for _ in idx]
+        new = [[] for _ in idx]  # tokens
         texts, ended = [""] * len(idx), [False] * len(idx)
-        for token in self.model.stream(idx, most, temperature, n_vocab=self.tokens.n_vocab):
-            for b, value in enumerate(token[:, 0].tolist()):
-                if ended[b]:
-                    continue
-                if value != self.eot_token_id:
-                    new[b].append(value)
-                    texts[b] = self.tokens.decode(new[b])
-                first = min((at for at in map(texts[b].find, filter(None, stops)) if at >= 0), default=None)
-                if first is not None:
-                    texts[b] = texts[b][:first]
-                ended[b] = first is not None or value == self.eot_token_id
-            if all(ended):
-                break
+        with autocast(self._device):
+            for token in self.model.stream(idx, most, temperature, n_vocab=self.tokens.n_vocab):
+                for b, value in enumerate(token[:, 0].tolist()):
+                    if ended[b]:
+                        continue
+                    if value != self.eot_token_id:
+                        new[b].append(value)
+                        texts[b] = self.tokens.decode(new[b])
+                    first = min((at for at in map(texts[b].find, filter(None, stops)) if at >= 0), default=None)
+                    if first is not None:
+                        texts[b] = texts[b][:first]
+                    ended[b] = first is not None or value == self.eot_token_id
+                if all(ended):
+                    break
         return texts
 
 
@@ -175,7 +176,7 @@ def main(argv=None):
         record = dict(command=" ".join(["python -m experiments.evaluate", *given]), machine=about, run=str(args.run),
                       step=checkpoint["step"], seed=checkpoint["settings"]["seed"], lm_eval=lm_eval.__version__,
                       limit=args.limit, num_fewshot=args.num_fewshot, results=found["results"])  # fmt: skip
-        target = (Path(args.results) / args.name).with_suffix(".json")
+        target = Path(args.results) / f"{args.name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(record, indent=1, default=str) + "\n")
 

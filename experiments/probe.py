@@ -7,8 +7,8 @@ Utilisation   how often each layer chooses each expert, and what that adds up to
 Reuse         how many different experts a token meets on its way up, and how many layers an expert serves
 Scale         NormRouter's sigma, and what a token's scores and its k gates add up to, layer by layer
 Probe         what it costs to choose at random in one layer of the deeper half at a time: uniformly over all experts
-              that the layer can choose from, or ("matched") over the 8 that it uses most. The gates stay those that
-              the router gave to its own choices, so that nothing but the choice of experts changes.
+              that the layer can choose from, or ("matched") over the 8 (times top-k) that it uses most. The gates stay
+              those that the router gave to its own choices, so that nothing but the choice of experts changes.
 """
 
 import json
@@ -31,7 +31,7 @@ from prepare_pile import BadInput, Parser, TokenData, read_meta, run_command
 from train import autocast, find_device, load_checkpoint, load_model, pool_utilisation, read_batch
 
 HERE = Path(__file__).parent
-MATCHED = 8  # experts of the matched probe: as many as a vanilla layer has
+MATCHED = 8  # experts of the matched probe for each choice of a token: vanilla has 8 a layer at top-1
 TOKENS_AT_ONCE = 4096  # of a forward pass, whose logits are held
 
 
@@ -80,15 +80,15 @@ class Statistics:
         own = torch.stack([f[first : first + c.experts_per_pool] for f, first in zip(shares, self.first_expert)])
         even = 1 / c.experts_per_pool
         load = shares.sum(dim=0) * c.n_expert / c.n_layer  # (n_expert,), 1 is the mean
-        possible = c.n_layer * c.top_k  # experts that a token can meet
+        visits = c.n_layer * c.top_k  # of experts, by a token
         # Drawn evenly and independently, an expert of a pool is missed by all of its layers with this probability.
         missed = (1 - c.top_k * even) ** (c.n_layer // c.n_pool)
         return dict(
             utilisation=pool_utilisation(own, c.n_pool)[0],
             dead_experts=int((load == 0).sum()),
             most_used=load.max().item(),
-            distinct_share=self.distinct / self.tokens / possible,
-            distinct_share_if_even=c.n_expert * (1 - missed) / possible,
+            distinct_share=self.distinct / self.tokens / visits,
+            distinct_share_if_even=c.n_expert * (1 - missed) / visits,
             layers_of_expert=layers_of_experts(shares, even).tolist(),
             score_sum=(self.score_sum / self.tokens).tolist(),
             gate_sum=(self.gate_sum / self.tokens).tolist(),
@@ -133,7 +133,8 @@ def probe(model, data, tokens, draws, device, label):
     indices = np.linspace(0, len(data) - 1, max(1, min(len(data), tokens // data.block_size))).astype(np.int64)
     deeper = range(config.n_layer // 2, config.n_layer)
     M = config.experts_per_pool
-    ways = {"uniform": M} | ({"matched": MATCHED} if M > MATCHED else {})
+    matched = MATCHED * config.top_k
+    ways = {"uniform": M} | ({"matched": matched} if M > matched else {})
     passes = 1 + len(ways) * len(deeper) * draws
     with tqdm(total=passes * len(indices) * data.block_size, desc=label, unit="token", unit_scale=True,
               mininterval=0.5 if sys.stderr.isatty() else 10) as bar:  # fmt: skip
@@ -171,8 +172,8 @@ def table(results):
         "pool utilisation": lambda f: f"{f['utilisation']:.1%}",
         "dead experts": lambda f: f"{f['dead_experts']} of {len(f['shares'][0])}",
         "load of the most used, mean = 1": lambda f: f"{f['most_used']:.2f}",
-        "distinct experts a token meets, of those possible": lambda f: f"{f['distinct_share']:.1%}",
-        "the same, if chosen evenly at random": lambda f: f"{f['distinct_share_if_even']:.1%}",
+        "distinct experts a token meets, of its visits (Table 9)": lambda f: f"{f['distinct_share']:.1%}",
+        "the same, if layers chose evenly at random": lambda f: f"{f['distinct_share_if_even']:.1%}",
         "layers that use an expert*, mean": lambda f: f"{statistics.fmean(f['layers_of_expert']):.2f}",
     }
     for name, key in (("sigma", "sigma"), ("sum of a token's scores", "score_sum"), ("sum of its gates", "gate_sum")):
@@ -192,7 +193,7 @@ def table(results):
 def draw_usage(results, path):
     """The paper's Figure 3: how often each layer chooses each expert, and the sum over layers against an even load."""
     fig, axes = plt.subplots(2, len(results), figsize=(1.5 + 3.5 * len(results), 4.2), dpi=150, layout="constrained",
-                             height_ratios=[2, 1], sharex="col", sharey="row", squeeze=False)  # fmt: skip
+                             height_ratios=[2, 1], sharex="col", squeeze=False)  # fmt: skip
     for (label, f), above, below in zip(results.items(), *axes):
         shares = np.array(f["shares"])  # (L, n_expert)
         L, n_expert = shares.shape
@@ -211,6 +212,8 @@ def draw_usage(results, path):
         below.xaxis.get_major_locator().set_params(integer=True)
         below.set_xlabel("expert (dashed: even load)")
         below.spines[["top", "right"]].set_visible(False)
+    for below in axes[1]:
+        below.set_ylim(0, max(ax.get_ylim()[1] for ax in axes[1]))
     fig.colorbar(image, ax=axes[0], extend="max", label="share of the layer's\ntokens, even = 1")
     axes[0][0].set_ylabel("layer")
     axes[1][0].set_ylabel("load over all\nlayers, mean = 1")
@@ -297,7 +300,7 @@ def main(argv=None):
         path = Path(args.results) / args.name
         path.parent.mkdir(parents=True, exist_ok=True)
         record = dict(command=" ".join(["python -m experiments.probe", *given]), machine=about, results=results)
-        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n")
         draw_usage(results, path.with_name(f"{args.name}_usage.png"))
         draw_probe(results, path.with_name(f"{args.name}_routing.png"))
 
