@@ -130,8 +130,9 @@ def draw_curves(ax, curves, key):
         colour, shown = colour_of(label, list(curves)), [x / scale for x in xs]
         ax.plot(shown, means, color=colour, label=label, lw=1.6, marker="o" if len(xs) == 1 else None)
         if len(runs) > 1:
-            ax.fill_between(shown, *zip(*((min(v), max(v)) for v in values)), color=colour, alpha=0.2, lw=0)
-        beginnings.append(means[len(xs) // 6])
+            ax.fill_between(shown, *zip(*((min(v), max(v)) for v in values)), color=colour, lw=0,
+                            alpha=0.2 if len(curves) < 6 else 0.08)  # fmt: skip
+        beginnings.append(means[len(xs) // 3])
     if key.endswith("loss") and key != "balance_loss":  # the first steps, from ln V down, would flatten all the rest
         low, high = ax.dataLim.intervaly
         top = min(high, max(beginnings))
