@@ -687,10 +687,10 @@ def prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, qui
         empty = f"--source {' '.join(reader.sources)}: no document in it ({total['skipped_documents']} skipped as bad)"
     for split, name in (("validation", "val"), ("training", "train")):
         if not empty and total[f"{name}_tokens"] == 0:
-            better = 0.5 if n_documents < 10 else 0.2
+            better = "" if n_documents == 1 else f"try {0.5 if n_documents < 10 else 0.2}, or "
             empty = (
-                f"--val_fraction={job['val_fraction']} leaves no {split} document out of {n_documents}: try {better}, "
-                "or give more documents (`split -C 4k FILE` makes many of one)"
+                f"--val_fraction={job['val_fraction']} leaves no {split} document out of {n_documents}: {better}"
+                "give more documents (`split -C 4k FILE` makes many of one)"
             )
     if empty:
         shutil.rmtree(folder)

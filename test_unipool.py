@@ -38,7 +38,6 @@ from experiments import ablate, compare, evaluate, memory, probe
 from prepare_pile import BadInput, get_tokenizer, prepare, run_command
 from unipool import (
     ARCHS,
-    BALANCES,
     ROUTERS,
     SCALES,
     ExpertPool,
@@ -128,8 +127,8 @@ def test_paper_presets():
     assert (settings.beta1, settings.beta2, settings.adam_eps) == (0.9, 0.999, 1e-8)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("router", ["norm", "softmax", "sigmoid"])
+@pytest.mark.parametrize("balance", ["pool", "layer", "bias", "none"])
 @pytest.mark.parametrize("n_pool", [1, 2, 4])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_every_switch_trains(router, balance, n_pool, top_k):
@@ -227,7 +226,7 @@ def numpy_scores(router, x):
     return 1 / (1 + np.exp(-z))
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", ["norm", "softmax", "sigmoid"])
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_router_against_numpy(name, top_k):
     torch.manual_seed(0)
@@ -2425,7 +2424,14 @@ def test_no_hub_offline(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     monkeypatch.chdir(tmp_path)
-    fails(capsys, prepare_pile.main, ["--tokenizer=bytes"], "monology/pile-uncopyrighted", "hub", "--source")
+    fails(
+        capsys,
+        prepare_pile.main,
+        ["--tokenizer=bytes", "--max_tokens=99"],
+        "monology/pile-uncopyrighted",
+        "hub",
+        "--source",
+    )
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
 
 
@@ -2576,14 +2582,14 @@ def test_ablate_trains_what_is_missing_and_reports(text_data, tmp_path, capsys):
     ablate.main([*flags, "--max_steps", "2"])  # the same, spelt otherwise
     assert contents(tmp_path / "runs") == first, "what is done is not done again"
     assert "2 of 2 runs are done already" in capsys.readouterr().err
-    record = json.loads((tmp_path / "results" / "ablate_tiny.json").read_text())
+    record = json.loads((tmp_path / "results" / "ablate_tiny_vanilla_unipool.json").read_text())
     for name in ("vanilla", "unipool"):
         last = json.loads((tmp_path / "runs" / f"{name}-5" / "metrics.jsonl").read_text().splitlines()[-1])
         assert record["results"][compare.methods(2)[name].label]["val_loss"] == {"5": last["val_loss"]}
     assert record["tokens"] == 2 * 8 * 32 and record["runs"].keys() == {"vanilla-5", "unipool-5"}
     assert {"commit", "cpu", "torch", "python"} <= record["machine"].keys()
-    assert "| UniPool |" in (tmp_path / "results" / "ablate_tiny.md").read_text()
-    assert (tmp_path / "results" / "ablate_tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "| UniPool |" in (tmp_path / "results" / "ablate_tiny_vanilla_unipool.md").read_text()
+    assert (tmp_path / "results" / "ablate_tiny_vanilla_unipool.png").read_bytes().startswith(b"\x89PNG")
     fails(capsys, ablate.main, [*flags, "--lr=0.01"], "vanilla-5", "--runs", touching=tmp_path)
     (tmp_path / "runs" / "unipool-5" / "run.json").unlink()  # a run of someone else's, by its looks
     fails(capsys, ablate.main, flags, "unipool-5", "--runs", touching=tmp_path)
@@ -2609,7 +2615,7 @@ def test_ablate_stopped_in_the_middle_goes_on(text_data, tmp_path):
             step = torch.load(metrics.with_name("ckpt.pt"))["step"]
             assert 3 <= step < 30, f"the run should have saved when it was stopped, and has step {step}"
         assert subprocess.run(launch, cwd=HERE, capture_output=True).returncode == 0
-        results = json.loads((tmp_path / name / "ablate_tiny.json").read_text())["results"]
+        results = json.loads((tmp_path / name / "ablate_tiny_vanilla_unipool.json").read_text())["results"]
         losses.append({label: figures["val_loss"] for label, figures in results.items()})
     assert losses[0] == losses[1]
 
@@ -2996,10 +3002,13 @@ def test_readme_points_at_the_lines_it_names():
     readme = (HERE / "README.md").read_text()
     links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", readme)
     assert len(links) >= 12, "the map from equations to lines is missing"
+    moved = []
     for code, file, number in links:
         lines = (HERE / file).read_text().splitlines()
         actual = [n for n, line in enumerate(lines, start=1) if code in line]
-        assert actual == [int(number)], f"README: {code} is on line {actual} of {file}, not {number}; correct the link"
+        if actual != [int(number)]:
+            moved.append(f"{code} is on line {actual} of {file}, not {number}")
+    assert not moved, "correct these links of the README:\n" + "\n".join(moved)
 
 
 def test_readme_flags_exist():

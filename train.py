@@ -140,7 +140,11 @@ def settle(given, saved):
             settings = Settings(**(saved["settings"] | own_flags))
             config = UniPoolConfig(**saved["config"])
     except (ValueError, TypeError, KeyError) as error:
-        where = "" if saved is None else f"{given.get('out_dir', Settings.out_dir)}/ckpt.pt is damaged: "
+        where = (
+            ""
+            if saved is None
+            else f"{given.get('out_dir', Settings.out_dir)}/ckpt.pt does not fit this code, or is damaged: "
+        )
         raise BadInput(f"{where}{error}") from None
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]

@@ -271,7 +271,7 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--nproc_per_node", type=int, default=1, help="processes of each, by torchrun (%(default)s)")
     parser.add_argument("--report", action="store_true", help="train nothing: table and picture of what is done")
-    parser.add_argument("--name", help="of the files in --results (ablate_SCALE)")
+    parser.add_argument("--name", help="of the files in --results (ablate_SCALE_METHODS)")
     parser.add_argument(
         "--results", default=HERE / "results", help="folder for JSON, table and picture; empty for none"
     )
@@ -301,12 +301,13 @@ def main(argv=None):
         made_by = {run.folder.name: read_record(run.folder) for run in runs}
         record = dict(command=command, machine=about, seeds=sorted({run.seed for run in runs}), tokens=tokens,
                       results=results, runs=made_by)  # fmt: skip
-        path = Path(args.results) / (args.name or f"ablate_{args.scale}")
+        path = Path(args.results) / (args.name or "_".join(["ablate", args.scale, *args.methods]))
         path.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n")
         Path(f"{path}.md").write_text(table(results))
         title = f"{args.scale}, {tokens / 1e6:,.1f}M tokens, seeds {', '.join(map(str, record['seeds']))}"
         draw(runs, results, title, f"{path}.png")
+        print(f"{path}.json, {path}.md, {path}.png")
 
 
 if __name__ == "__main__":

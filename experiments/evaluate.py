@@ -179,6 +179,7 @@ def main(argv=None):
         target = Path(args.results) / f"{args.name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        print(target)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ def main(argv=None):
                       batch_size=Settings.batch_size, bytes=results)  # fmt: skip
         Path(args.results).mkdir(parents=True, exist_ok=True)
         (Path(args.results) / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"\n{Path(args.results) / 'memory.json'}")
 
 
 if __name__ == "__main__":

@@ -303,6 +303,7 @@ def main(argv=None):
         Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n")
         draw_usage(results, path.with_name(f"{args.name}_usage.png"))
         draw_probe(results, path.with_name(f"{args.name}_routing.png"))
+        print(f"{path}.json, {path}_usage.png, {path}_routing.png")
 
 
 if __name__ == "__main__":
