@@ -140,12 +140,8 @@ def settle(given, saved):
             settings = Settings(**(saved["settings"] | own_flags))
             config = UniPoolConfig(**saved["config"])
     except (ValueError, TypeError, KeyError) as error:
-        where = (
-            ""
-            if saved is None
-            else f"{given.get('out_dir', Settings.out_dir)}/ckpt.pt does not fit this code, or is damaged: "
-        )
-        raise BadInput(f"{where}{error}") from None
+        path = f"{given.get('out_dir', Settings.out_dir)}/ckpt.pt"
+        raise BadInput(f"{path} does not fit this code, or is damaged: {error}" if saved else error) from None
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:

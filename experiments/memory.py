@@ -11,6 +11,7 @@ Where there is a GPU, a step of each scale that fits without sharding is measure
 
 import gc
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 
 from experiments.bench import PeakMemory, machine, make_step
 from prepare_pile import BadInput, Parser, run_command
-from train import SHARDED_CAPACITY, Settings
+from train import SHARDED_CAPACITY
 from unipool import LOSS_CHUNK, SCALES, PoolGradient, UniPool, UniPoolConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -144,8 +145,9 @@ def main(argv=None):
                 cells += [f"{held['measured'] / GIB:.1f}"] if "measured" in held else []
                 print(f"| {scale} | {flags} | " + " | ".join(cells) + " |")
     if str(args.results):
-        record = dict(machine=machine(torch.device("cuda" if cuda else "cpu")), settings=vars(args) | dict(results=""),
-                      batch_size=Settings.batch_size, bytes=results)  # fmt: skip
+        command = " ".join(["python -m experiments.memory", *(sys.argv[1:] if argv is None else argv)])
+        about = machine(torch.device("cuda" if cuda else "cpu"))
+        record = dict(command=command, machine=about, settings=vars(args) | dict(results=""), bytes=results)
         Path(args.results).mkdir(parents=True, exist_ok=True)
         (Path(args.results) / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
         print(f"\n{Path(args.results) / 'memory.json'}")
