@@ -24,6 +24,7 @@ import copy
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -422,14 +423,10 @@ def prepare_unit(folder, number, reader, unit, tokenizer, val_fraction, max_toke
             batches(reader.read(unit)),
             window=2 * threads,
         )
-        for documents in work:
-            for tokens, n_bytes, held_out in documents:
-                if train.tokens >= max_tokens:
-                    break
-                (val if held_out else train).write(tokens)
-                advance(n_bytes, len(tokens))
+        for tokens, n_bytes, held_out in itertools.chain.from_iterable(work):
+            (val if held_out else train).write(tokens)
+            advance(n_bytes, len(tokens))
             if train.tokens >= max_tokens:
-                work.close()
                 break
     train.close()
     val.close()

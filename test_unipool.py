@@ -2456,9 +2456,9 @@ def test_no_vocabulary_offline(capsys, tmp_path, monkeypatch):
 def test_activations_scale_as_a_deep_model_keeps_them(recompute):
     """experiments/memory.py scales one and two layers with few experts; a whole model must keep as much."""
     config = small_config(n_layer=5, n_expert=20, block_size=memory.TOKENS)
-    inside = memory.activation_bytes(config, False) / config.n_layer if recompute else 0  # of the layer computed again
+    inside = memory.activation_bytes(config)[False] / config.n_layer if recompute else 0  # of the layer computed again
     direct = memory.kept_bytes(config, recompute) + inside
-    assert memory.activation_bytes(config, recompute) == pytest.approx(direct, rel=0.01)
+    assert memory.activation_bytes(config)[recompute] == pytest.approx(direct, rel=0.01)
     least = (
         config.n_layer * 2 * config.n_embd if recompute else config.n_layer * 2 * (config.n_embd + 3 * config.n_hidden)
     )

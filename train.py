@@ -272,6 +272,15 @@ def load_model(checkpoint, path, device):
     return model.to(device)
 
 
+def check_tokenizer(data_dir, meta, checkpoint, path):
+    """Raise BadInput unless the data is of the tokenizer that the checkpoint was trained with."""
+    if meta["tokenizer"] != checkpoint["tokenizer"]:
+        raise BadInput(
+            f"{data_dir}/meta.json: tokenizer {meta['tokenizer']}, but {path} was trained with "
+            f"{checkpoint['tokenizer']}: give the run's own --data_dir"
+        )
+
+
 def load_optimizer(optimizer, saved):
     """Load an optimizer's state_dict of whole tensors; each process takes its shard where parameters are sharded."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -396,14 +405,19 @@ def pool_utilisation(usage, n_pool):
     return (entropy.exp() / f_bar.size(1)).mean().item(), int((f_bar == 0).sum())
 
 
+def validation_indices(data, eval_tokens, at_once=1):
+    """The numbers of at least one and about eval_tokens' worth of sequences, spread evenly over the split."""
+    count = max(1, min(len(data), eval_tokens // data.block_size))
+    if count > at_once:  # whole micro-batches: another size would be compiled anew
+        count -= count % at_once
+    return np.linspace(0, len(data) - 1, count).astype(np.int64)
+
+
 @torch.no_grad()
 def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, device):
     """Mean cross-entropy in nats a token over at least one and about eval_tokens tokens; each process takes a part."""
     model.eval()
-    count = max(1, min(len(data), eval_tokens // data.block_size))
-    if count > micro_batch_size * world_size:  # whole micro-batches: another size would be compiled anew
-        count -= count % (micro_batch_size * world_size)
-    indices = np.linspace(0, len(data) - 1, count).astype(np.int64)
+    indices = validation_indices(data, eval_tokens, micro_batch_size * world_size)
     own = indices[rank::world_size]
     total = torch.zeros(2, device=device)  # sum of losses, number of sequences
     for i in range(0, max(1, len(own)), micro_batch_size):
@@ -457,11 +471,8 @@ def run(argv):
     # ---- Data
     data_dir = settings.data_dir = str(find_data(settings, device))
     meta = read_meta(data_dir, config.vocab_size)
-    if saved is not None and saved["tokenizer"] != meta["tokenizer"]:
-        raise BadInput(
-            f"{data_dir}/meta.json: tokenizer {meta['tokenizer']}, but {ckpt_path} was trained with "
-            f"{saved['tokenizer']}: give the run's own --data_dir"
-        )
+    if saved is not None:
+        check_tokenizer(data_dir, meta, saved, ckpt_path)
     train_data = TokenData(data_dir, "train", meta, config.block_size, config.vocab_size)
     val_data = TokenData(data_dir, "val", meta, config.block_size, config.vocab_size)
 
@@ -565,8 +576,6 @@ def run(argv):
         for i in range(accumulation):
             x, y = read_batch(train_data, indices[i * micro_batch_size :][:micro_batch_size], device)
             last = i == accumulation - 1
-            for pool in model.pools:
-                pool.keep_copies = i > 0  # the weights are still those of the micro-batch before
             # Before the last micro-batch nothing is exchanged: gradients add up in each process.
             if sharded:
                 model.set_requires_gradient_sync(last)
@@ -578,8 +587,8 @@ def run(argv):
                 (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             usage = usage + out.usage.detach() / accumulation
-        for pool in model.pools:
-            pool.keep_copies = False
+            for pool in model.pools:
+                pool.keep_copies = not last  # the next micro-batch finds the same weights
         if world_size > 1:
             for tensor in (losses, usage):
                 dist.all_reduce(tensor)

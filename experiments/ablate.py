@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from experiments.bench import machine
+from experiments.bench import machine, save_result
 from experiments.compare import ROUTING, colour_of, curve, draw_curves, legend_below, methods, read_metrics, spread
 from prepare_pile import BadInput, Parser, run_command
 from train import parse_flags, settle
@@ -108,22 +108,27 @@ def write_record(folder, record):
     os.replace(temporary, folder / "run.json")
 
 
-def choose_runs(names, seeds, given, folder):
+def method_names(groups):
+    """The methods of these groups, each once; a method's own name stands for itself. Raises BadInput."""
+    names = list(dict.fromkeys(name for group in groups for name in GROUPS.get(group, [group])))
+    for name in names:
+        if name not in methods(12):
+            raise BadInput(f"--methods={name} is unknown: choose from {', '.join([*GROUPS, *methods(12)])}")
+    return names
+
+
+def choose_runs(groups, seeds, given, folder):
     """The Runs of these groups or methods, all methods with the first seed first. Raises BadInput.
 
     given: the flags of all of them, as parse_flags gives them.
     """
-    names = list(dict.fromkeys(name for group in names for name in GROUPS.get(group, [group])))  # each once
-    for name in names:
-        if name not in methods(12):
-            raise BadInput(f"--methods={name} is unknown: choose from {', '.join([*GROUPS, *methods(12)])}")
     for name in ("arch", "seed", "out_dir", "resume", *ROUTING):
         if name in given:
             raise BadInput(f"--{name}={given[name]} belongs to the method or the run: give --methods, --seeds, --runs")
     n_layer = settle(given, None)[1].n_layer
     runs = []
     for seed in dict.fromkeys(seeds):
-        for name in names:
+        for name in method_names(groups):
             method = methods(n_layer)[name]
             n_pool = method.flags.get("n_pool", 1)
             if n_pool == 1 or (n_pool < n_layer and n_layer % n_pool == 0):
@@ -132,15 +137,15 @@ def choose_runs(names, seeds, given, folder):
             elif seed == seeds[0]:
                 print(f"{name} is left out: {n_pool} pools do not share {n_layer} layers evenly", file=sys.stderr)
     if not runs:
-        raise BadInput(f"--methods={' '.join(names)}: none of them fits {n_layer} layers")
+        raise BadInput(f"--methods={' '.join(groups)}: none of them fits {n_layer} layers")
     return runs
 
 
-def finished_runs(names, seeds, folder):
+def finished_runs(groups, seeds, folder):
     """The Runs in folder that are done, with the flags that they were made by."""
     runs = []
     for seed in dict.fromkeys(seeds):
-        for name in dict.fromkeys(name for group in names for name in GROUPS.get(group, [group])):
+        for name in method_names(groups):
             record = read_record(folder / f"{name}-{seed}")
             if record.get("done"):
                 runs.append(Run(name, seed, record["flags"], folder / f"{name}-{seed}"))
@@ -275,8 +280,7 @@ def main(argv=None):
     parser.add_argument(
         "--results", default=HERE / "results", help="folder for JSON, table and picture; empty for none"
     )
-    arguments = sys.argv[1:] if argv is None else argv
-    args, flags = parser.parse_known_args(arguments)
+    args, flags = parser.parse_known_args(argv)
     for name in ("jobs", "nproc_per_node"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name}={getattr(args, name)} must be at least 1")
@@ -297,17 +301,15 @@ def main(argv=None):
     if str(args.results):
         first = runs[0]
         tokens = first.settings.max_steps * first.settings.batch_size * first.config.block_size
-        command = " ".join(["python -m experiments.ablate", *arguments])
-        made_by = {run.folder.name: read_record(run.folder) for run in runs}
-        record = dict(command=command, machine=about, seeds=sorted({run.seed for run in runs}), tokens=tokens,
-                      results=results, runs=made_by)  # fmt: skip
-        path = Path(args.results) / (args.name or "_".join(["ablate", args.scale, *args.methods]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n")
+        seeds = sorted({run.seed for run in runs})
+        name = args.name or "_".join(["ablate", args.scale, *args.methods])
+        save_result(args.results, name, "ablate", argv, about, seeds=seeds, tokens=tokens, results=results,
+                    runs={run.folder.name: read_record(run.folder) for run in runs})  # fmt: skip
+        path = Path(args.results) / name
         Path(f"{path}.md").write_text(table(results))
-        title = f"{args.scale}, {tokens / 1e6:,.1f}M tokens, seeds {', '.join(map(str, record['seeds']))}"
+        title = f"{args.scale}, {tokens / 1e6:,.1f}M tokens, seeds {', '.join(map(str, seeds))}"
         draw(runs, results, title, f"{path}.png")
-        print(f"{path}.json, {path}.md, {path}.png")
+        print(f"{path}.md, {path}.png")
 
 
 if __name__ == "__main__":

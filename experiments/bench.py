@@ -62,6 +62,16 @@ def machine(device):
                 python=platform.python_version(), commit=commit.stdout.strip() or None)  # fmt: skip
 
 
+def save_result(folder, name, module, argv, about, **contents):
+    """Write folder/name.json: the contents, beside the command and the machine (as machine() has it) they come from."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = " ".join([f"python -m experiments.{module}", *(sys.argv[1:] if argv is None else argv)])
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(dict(command=command, machine=about, **contents), indent=1, default=str) + "\n")
+    print(f"\n{path}")
+
+
 def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -397,7 +407,7 @@ def bench_prepare(device, args):
         several = {f"{n}": lambda n=n: prepared("shard*.jsonl", workers=n) for n in (1, threads)}
         few = argparse.Namespace(
             steps=min(3, args.steps), seconds=math.inf
-        )  # long ones, beside which a start is little
+        )  # each long, beside which a start is little
         by_workers = in_turn(several, few, "workers")
         for copies in (1, 5):
             with PeakMemory(torch.device("cpu")) as peak:
@@ -489,15 +499,11 @@ def main(argv=None):
         results = runs[part](device, args)
         if not str(args.results):
             continue
-        folder = Path(args.results)
-        folder.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python -m experiments.bench", *(sys.argv[1:] if argv is None else argv)])
-        record = dict(command=command, machine=about, results=results)
         name = f"bench_{part}_{device.type}"
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        save_result(args.results, name, "bench", argv, about, results=results)
         if part == "train":
             where = about["gpu"] or about["cpu"]
-            draw_train(results, where, folder / f"{name}.png")
+            draw_train(results, where, Path(args.results) / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,12 @@ def method_of(config):
     return None
 
 
+def label_of(config, folder):
+    """What the paper calls the run of this configuration; else its folder."""
+    name = method_of(config)
+    return methods(config.n_layer)[name].label if name else str(folder)
+
+
 def read_metrics(folder):
     """The lines of a run's metrics.jsonl as dicts, but one that is still being written. Raises BadInput."""
     path = Path(folder) / "metrics.jsonl"
@@ -164,11 +170,13 @@ def main(argv=None):
         xs, ys = curve(lines, args.key)
         if not xs:
             raise BadInput(f"--key={args.key}: not in {folder}/metrics.jsonl, which has {', '.join(lines[-1])}")
-        method = None
-        if not args.labels and (Path(folder) / "ckpt.pt").exists():
-            method = method_of(UniPoolConfig(**load_checkpoint(Path(folder) / "ckpt.pt", mmap=True)["config"]))
-        label = methods(12)[method].label if method else str(folder)
-        label = args.labels[i] if args.labels else label
+        path = Path(folder) / "ckpt.pt"
+        if args.labels:
+            label = args.labels[i]
+        elif path.exists():
+            label = label_of(UniPoolConfig(**load_checkpoint(path, mmap=True)["config"]), folder)
+        else:
+            label = str(folder)
         shown = smooth(ys, max(1, len(ys) // 50)) if args.key in ("train_loss", "grad_norm") else ys
         curves.setdefault(label, []).append((xs, shown))
         last = next(line for line in reversed(lines) if line.get(args.key) is not None)

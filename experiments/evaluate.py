@@ -10,14 +10,12 @@ become accuracies is its business.
 """
 
 import itertools
-import json
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from experiments.bench import machine
+from experiments.bench import machine, save_result
 from prepare_pile import BadInput, Parser, get_tokenizer, run_command
 from train import autocast, find_device, load_checkpoint, load_model
 
@@ -148,8 +146,7 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda, cpu ... (the best there is)")
     parser.add_argument("--name", default="evaluate", help="of the file in --results (%(default)s)")
     parser.add_argument("--results", default=HERE / "results", help="folder for the JSON file; empty for none")
-    given = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     for name, least in dict(batch_size=1, num_fewshot=0, limit=1).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise BadInput(f"--{name}={getattr(args, name)} must be at least {least}")
@@ -173,13 +170,9 @@ def main(argv=None):
                        "give tasks whose data is here") from None  # fmt: skip
     print(lm_eval.utils.make_table(found))
     if str(args.results):
-        record = dict(command=" ".join(["python -m experiments.evaluate", *given]), machine=about, run=str(args.run),
-                      step=checkpoint["step"], seed=checkpoint["settings"]["seed"], lm_eval=lm_eval.__version__,
-                      limit=args.limit, num_fewshot=args.num_fewshot, results=found["results"])  # fmt: skip
-        target = Path(args.results) / f"{args.name}.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(record, indent=1, default=str) + "\n")
-        print(target)
+        save_result(args.results, args.name, "evaluate", argv, about, run=str(args.run), step=checkpoint["step"],
+                    seed=checkpoint["settings"]["seed"], lm_eval=lm_eval.__version__, limit=args.limit,
+                    num_fewshot=args.num_fewshot, results=found["results"])  # fmt: skip
 
 
 if __name__ == "__main__":

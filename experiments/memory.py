@@ -10,14 +10,12 @@ Where there is a GPU, a step of each scale that fits without sharding is measure
 """
 
 import gc
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from experiments.bench import PeakMemory, machine, make_step
+from experiments.bench import PeakMemory, machine, make_step, save_result
 from prepare_pile import BadInput, Parser, run_command
 from train import SHARDED_CAPACITY
 from unipool import LOSS_CHUNK, SCALES, PoolGradient, UniPool, UniPoolConfig
@@ -47,19 +45,19 @@ def kept_bytes(config, recompute):
     return sum(storage.nbytes() for storage in kept.values()) / TOKENS
 
 
-def activation_bytes(config, recompute):
-    """Bytes of activations a token, at the config's depth and number of experts."""
-    small = replace(config, block_size=TOKENS, vocab_size=64)
-    one, two, more = (
-        kept_bytes(replace(small, n_layer=n_layer, n_expert=n_expert), recompute)
-        for n_layer, n_expert in ((1, 4), (2, 4), (2, 8))
-    )
-    scores_of_an_expert = (more - two) / (2 * 4)
-    layer = two - one + scores_of_an_expert * (config.experts_per_pool - 4)
-    inside = 0
-    if recompute:  # one layer at a time is computed again, with all it keeps
-        inside = activation_bytes(config, False) / config.n_layer
-    return one - (two - one) + config.n_layer * layer + inside
+def activation_bytes(config):
+    """{with recomputation?: bytes of activations a token}, at the config's depth and number of experts."""
+    small, scaled = replace(config, block_size=TOKENS, vocab_size=64), {}
+    for recompute in (False, True):
+        one, two, more = (
+            kept_bytes(replace(small, n_layer=n_layer, n_expert=n_expert), recompute)
+            for n_layer, n_expert in ((1, 4), (2, 4), (2, 8))
+        )
+        scores_of_an_expert = (more - two) / (2 * 4)
+        layer = two - one + scores_of_an_expert * (config.experts_per_pool - 4)
+        scaled[recompute] = one - (two - one) + config.n_layer * layer
+    scaled[True] += scaled[False] / config.n_layer  # one layer at a time is computed again, with all it keeps
+    return scaled
 
 
 def parts(config, activations, tokens, gpus, shard):
@@ -130,7 +128,7 @@ def main(argv=None):
     print("|" + "---|" * (3 + len(columns) + cuda))
     for scale in args.scales:
         config = UniPoolConfig.from_scale(scale)
-        activations = {recompute: activation_bytes(config, recompute) for recompute in (False, True)}
+        activations = activation_bytes(config)
         for shard in (False, True):
             for recompute in (False, True):
                 held = parts(config, activations[recompute], args.tokens, args.gpus, shard)
@@ -145,12 +143,9 @@ def main(argv=None):
                 cells += [f"{held['measured'] / GIB:.1f}"] if "measured" in held else []
                 print(f"| {scale} | {flags} | " + " | ".join(cells) + " |")
     if str(args.results):
-        command = " ".join(["python -m experiments.memory", *(sys.argv[1:] if argv is None else argv)])
         about = machine(torch.device("cuda" if cuda else "cpu"))
-        record = dict(command=command, machine=about, settings=vars(args) | dict(results=""), bytes=results)
-        Path(args.results).mkdir(parents=True, exist_ok=True)
-        (Path(args.results) / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
-        print(f"\n{Path(args.results) / 'memory.json'}")
+        settings = vars(args) | dict(results="")
+        save_result(args.results, "memory", "memory", argv, about, settings=settings, bytes=results)
 
 
 if __name__ == "__main__":

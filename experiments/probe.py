@@ -11,7 +11,6 @@ Probe         what it costs to choose at random in one layer of the deeper half 
               those that the router gave to its own choices, so that nothing but the choice of experts changes.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -25,10 +24,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from experiments.bench import machine
-from experiments.compare import colour_of, method_of, methods, spread
+from experiments.bench import machine, save_result
+from experiments.compare import colour_of, label_of, spread
 from prepare_pile import BadInput, Parser, TokenData, read_meta, run_command
-from train import autocast, find_device, load_checkpoint, load_model, pool_utilisation, read_batch
+from train import (
+    autocast,
+    check_tokenizer,
+    find_device,
+    load_checkpoint,
+    load_model,
+    pool_utilisation,
+    read_batch,
+    validation_indices,
+)
 
 HERE = Path(__file__).parent
 MATCHED = 8  # experts of the matched probe for each choice of a token: vanilla has 8 a layer at top-1
@@ -108,7 +116,7 @@ def layers_of_experts(shares, even):
 
 
 @torch.no_grad()
-def evaluate(model, data, indices, device, bar, statistics=None):
+def evaluate(model, data, indices, device, bar, found=None):
     """(cross-entropy in nats a token, share of tokens that are predicted rightly) over the sequences `indices`."""
     loss, right = torch.zeros(2, dtype=torch.float64, device=device)
     at_once = max(1, TOKENS_AT_ONCE // data.block_size)
@@ -119,8 +127,8 @@ def evaluate(model, data, indices, device, bar, statistics=None):
             out = model(x, y)
         loss += out.loss.double() * len(x)
         right += (out.logits.argmax(dim=-1) == y).double().mean(dim=1).sum()
-        if statistics:
-            statistics.add(routers)
+        if found:
+            found.add(routers)
         bar.update(x.numel())
     return loss.item() / len(indices), right.item() / len(indices)
 
@@ -130,7 +138,7 @@ def probe(model, data, tokens, draws, device, label):
     config = model.config
     for block in model.blocks:
         block.router = WatchedRouter(block.router)
-    indices = np.linspace(0, len(data) - 1, max(1, min(len(data), tokens // data.block_size))).astype(np.int64)
+    indices = validation_indices(data, tokens)
     deeper = range(config.n_layer // 2, config.n_layer)
     M = config.experts_per_pool
     matched = MATCHED * config.top_k
@@ -269,8 +277,7 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda, cpu ... (the best there is)")
     parser.add_argument("--name", default="probe", help="of the files in --results (%(default)s)")
     parser.add_argument("--results", default=HERE / "results", help="folder for JSON and pictures; empty for none")
-    given = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     for name in ("tokens", "draws"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name}={getattr(args, name)} must be at least 1")
@@ -285,25 +292,20 @@ def main(argv=None):
             raise BadInput(f"{path} is a dense model: it has no routers to probe")
         data_dir = args.data_dir or checkpoint["settings"]["data_dir"]
         meta = read_meta(data_dir, config.vocab_size)
-        if meta["tokenizer"] != checkpoint["tokenizer"]:
-            raise BadInput(f"--data_dir={data_dir}: tokenizer {meta['tokenizer']}, but {path} was trained with "
-                           f"{checkpoint['tokenizer']}: give data of that one")  # fmt: skip
+        check_tokenizer(data_dir, meta, checkpoint, path)
         data = TokenData(data_dir, "val", meta, config.block_size, config.vocab_size)
-        method = method_of(config)
-        label = methods(config.n_layer)[method].label if method else str(folder)
+        label = label_of(config, folder)
         label = f"{label} ({folder})" if label in results else label
         about_run = dict(run=str(folder), step=checkpoint["step"], seed=checkpoint["settings"]["seed"],
                          experts_per_pool=config.experts_per_pool)  # fmt: skip
         results[label] = about_run | probe(model, data, args.tokens, args.draws, device, label)
     print(table(results))
     if str(args.results):
+        save_result(args.results, args.name, "probe", argv, about, results=results)
         path = Path(args.results) / args.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = dict(command=" ".join(["python -m experiments.probe", *given]), machine=about, results=results)
-        Path(f"{path}.json").write_text(json.dumps(record, indent=1) + "\n")
         draw_usage(results, path.with_name(f"{args.name}_usage.png"))
         draw_probe(results, path.with_name(f"{args.name}_routing.png"))
-        print(f"{path}.json, {path}_usage.png, {path}_routing.png")
+        print(f"{path}_usage.png, {path}_routing.png")
 
 
 if __name__ == "__main__":
