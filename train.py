@@ -31,13 +31,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from prepare_pile import SOURCES, BadInput, Parser, Taken, TokenData, prepare, read_meta, run_command
-from unipool import ARCHS, BALANCES, ROUTERS, SCALES, PoolGradient, UniPool, UniPoolConfig
+from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: each field is a flag, and its default stands here alone
@@ -90,7 +89,6 @@ TINY = dict(max_steps=360, warmup=0.05, batch_size=32, lr=1.5e-3, min_lr=2e-4, e
             ckpt_interval=90, log_interval=1)  # fmt: skip
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=list(BALANCES))
 LARGEST_MICRO_BATCH = 2**14  # tokens
-SHARDED_CAPACITY = 0.25  # PoolGradient's under --shard, where memory goes before speed
 MOST_SKIPPED = 10  # steps in a row with a non-finite loss or gradient, after which the run ends
 
 
@@ -205,6 +203,22 @@ def autocast(device):
 
 def has_bf16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def shard(model, device, world_size):
+    """Split the model's weights, and with them gradients and optimizer state, over the processes (FSDP2), in place.
+
+    The pools, nearly all of the weights, are gathered in bf16 where autocast would cast them so. The rest is gathered in
+    fp32, because in bf16 a sigma near 1 has steps of 1/128; so --shard computes what a single process computes. All is
+    gathered once a step, since every layer uses the pool. Gradients are reduced in fp32 after each micro-batch: adding
+    them up unsharded would take 4 bytes for every weight of the model.
+    """
+    mesh = dist.init_device_mesh(device.type, (world_size,))
+    policy = MixedPrecisionPolicy(torch.bfloat16 if has_bf16(device) else None, reduce_dtype=torch.float32)
+    for pool in model.pools:
+        fully_shard(pool, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        register_fsdp_forward_method(pool, "weights")
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def learning_rate(step, settings):
@@ -396,13 +410,30 @@ def peak_flops(device):
 
 
 def pool_utilisation(usage, n_pool):
-    """(effective share of experts, experts without a token) from usage (L, M), the f of each layer.
+    """(effective share of experts, experts that serve nothing) from usage (L, M), the f of each layer.
 
-    The share is exp(entropy of f_bar) / M, averaged over the pools: 1 if all get equally much, 1/M if one gets all.
+    The share is exp(entropy of f_bar, normalised to sum to 1) / M, averaged over the pools: 1 if all experts serve
+    equally many pairs, 1/M if one serves all, 0 if none serves any.
     """
     f_bar = usage.cpu().double().unflatten(0, (n_pool, -1)).mean(dim=1)  # (G, M)
-    entropy = torch.special.entr(f_bar).sum(dim=1)  # (G,)
-    return (entropy.exp() / f_bar.size(1)).mean().item(), int((f_bar == 0).sum())
+    total = f_bar.sum(dim=1, keepdim=True)
+    entropy = torch.special.entr(f_bar / total.clamp(min=1e-300)).sum(dim=1)  # (G,)
+    effective = entropy.exp() * (total[:, 0] > 0)
+    return (effective / f_bar.size(1)).mean().item(), int((f_bar == 0).sum())
+
+
+def routing_figures(model, usage, scores):
+    """What the log says of the routing in one step. usage, scores: (L, M), the f and P of each layer.
+
+    unserved: share of the (token, choice) pairs whose gate is 0. By layer: the mean sum of a token's scores, and sigma.
+    """
+    figures = dict(zip(("pool_utilisation", "dead_experts"), pool_utilisation(usage, model.config.n_pool)))
+    figures["unserved"] = max(0.0, round(1 - usage.double().sum(dim=1).mean().item(), 6))  # fp32's rounding is not load
+    figures["score_sum"] = scores.sum(dim=1).tolist()
+    if model.config.router == "norm":
+        sigmas = torch.cat([block.router.sigma.detach() for block in model.blocks])
+        figures["sigma"] = (sigmas.full_tensor() if isinstance(sigmas, DTensor) else sigmas).tolist()
+    return figures
 
 
 def validation_indices(data, eval_tokens, at_once=1):
@@ -495,13 +526,11 @@ def run(argv):
         model = load_model(saved, ckpt_path, device)
     model.recompute, model.one_pass = settings.recompute, settings.one_pass
     sharded = settings.shard and world_size > 1
-    if sharded:  # the root alone, because every layer uses the pool; gathered once a step, not once a micro-batch
-        policy = MixedPrecisionPolicy(torch.bfloat16 if has_bf16(device) else None, reduce_dtype=torch.float32)
-        mesh = dist.init_device_mesh(device.type, (world_size,))
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        PoolGradient.capacity = SHARDED_CAPACITY
+    if sharded:
+        shard(model, device, world_size)
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
+    sum_of = 1 if sharded else world_size  # processes whose gradients are summed; sharded, they are averaged
     step = position = 0  # optimizer steps done, training sequences seen
     skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped: in all, and the last ones in a row
     best = math.inf  # lowest validation loss
@@ -515,10 +544,7 @@ def run(argv):
             raise BadInput(f"{ckpt_path}: its optimizer state is damaged ({error}): use another checkpoint") from None
         del saved
     use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
-    runner = forward = torch.compile(model) if use_compile else model
-    if world_size > 1 and not sharded:
-        device_ids = [device.index] if device.type == "cuda" else None
-        runner = DistributedDataParallel(forward, device_ids=device_ids, gradient_as_bucket_view=True)
+    forward = torch.compile(model) if use_compile else model
 
     # ---- Logs
     metrics_path = out_dir / "metrics.jsonl"
@@ -547,7 +573,7 @@ def run(argv):
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
     window_start, window_tokens = time.perf_counter(), 0  # since the last line of the log, for tokens/s
-    compiling = use_compile and is_main
+    compiling, warned, first_step = use_compile and is_main, False, step
     writer, writing = ThreadPoolExecutor(1), None  # the thread that writes checkpoints, and what it is at
 
     stop = []  # signals that came during the loop: it finishes the step, saves and ends; the third ends at once
@@ -563,7 +589,7 @@ def run(argv):
     # ---- The loop
     if is_main and step >= settings.max_steps:
         bar.write(f"nothing to do: step {step} has reached --max_steps={settings.max_steps}; a larger one goes on")
-    runner.train()
+    model.train()
     while step < settings.max_steps:
         lr = learning_rate(step, settings)
         for group in optimizer.param_groups:
@@ -572,27 +598,28 @@ def run(argv):
         # This step's sequences are the same for any number of processes; each process takes a contiguous part.
         indices = train_data.in_order(position, settings.batch_size, settings.seed)[rank * per_process :][:per_process]
         losses = torch.zeros(2, device=device)  # cross-entropy and balance loss, averaged over the micro-batches
-        usage = 0.0  # (L, M), likewise
+        routing = 0.0  # usage and scores (2, L, M), likewise
         for i in range(accumulation):
             x, y = read_batch(train_data, indices[i * micro_batch_size :][:micro_batch_size], device)
             last = i == accumulation - 1
-            # Before the last micro-batch nothing is exchanged: gradients add up in each process.
             if sharded:
-                model.set_requires_gradient_sync(last)
-                model.set_reshard_after_backward(last)
-            with contextlib.nullcontext() if last or runner is forward else runner.no_sync():
-                with autocast(device):
-                    out = runner(x, y, keep_logits=False)
-                    loss = out.loss + config.balance_coef * out.balance_loss
-                (loss / accumulation).backward()
+                model.set_reshard_after_backward(last)  # the next micro-batch needs the gathered weights again
+            with autocast(device):
+                out = forward(x, y, keep_logits=False)
+                loss = out.loss + config.balance_coef * out.balance_loss
+            (loss / accumulation / sum_of).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
-            usage = usage + out.usage.detach() / accumulation
+            routing = routing + torch.stack([out.usage, out.scores.detach()]) / accumulation
             for pool in model.pools:
                 pool.keep_copies = not last  # the next micro-batch finds the same weights
         if world_size > 1:
-            for tensor in (losses, usage):
+            # The pool's gradient is complete only when the backward pass ends: nothing is left to overlap with.
+            gradients = [] if sharded else [p.grad for p in model.parameters()]
+            for tensor in (losses, routing, *gradients):
                 dist.all_reduce(tensor)
-                tensor /= world_size
+            losses, (usage, scores) = losses / world_size, routing / world_size
+        else:
+            usage, scores = routing
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
         grad_norm = grad_norm.full_tensor() if sharded else grad_norm
         # A loss or gradient that is not finite skips the step. Fused AdamW does so by itself, told in the way of
@@ -628,7 +655,7 @@ def run(argv):
                         tokens=position * config.block_size, tokens_per_second=tokens_per_second,
                         skipped_steps=n_skipped)  # fmt: skip
             if config.n_expert:
-                line["pool_utilisation"], line["dead_experts"] = pool_utilisation(usage, config.n_pool)
+                line |= routing_figures(model, usage, scores)
             if peak:
                 line["mfu"] = tokens_per_second * model.flops_per_token() / (peak * world_size)
             if evaluating:
@@ -642,12 +669,20 @@ def run(argv):
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
                 if evaluating:
                     mfu = f", MFU {line['mfu']:.1%}" if peak else ""
-                    used = f", pool utilisation {line['pool_utilisation']:.0%}" if config.n_expert else ""
                     bar.write(
                         f"step {step}: val loss {line['val_loss']:.4f}, train loss {train_loss:.4f}, "
-                        f"balance loss {balance_loss:.3f}{used}, grad norm {line['grad_norm']:.2f}, "
-                        f"{tokens_per_second:,.0f} tokens/s{mfu}"
+                        f"grad norm {line['grad_norm']:.2f}, {tokens_per_second:,.0f} tokens/s{mfu}"
                     )
+                    if config.n_expert:
+                        by_layer = "".join(
+                            f", {name} {min(line[key]):.2f} to {max(line[key]):.2f}"
+                            for name, key in (("sigma", "sigma"), ("sum of scores", "score_sum"))
+                            if key in line
+                        )
+                        bar.write(
+                            f"  routing: balance loss {balance_loss:.3f}, pool utilisation "
+                            f"{line['pool_utilisation']:.0%}, unserved {line['unserved']:.1%}{by_layer}"
+                        )
         bar.update()
         if writing and writing.done():
             writing.result()  # raises what went wrong in the thread

@@ -182,8 +182,11 @@ class Attention(nn.Module):
         q, k = apply_rope(qk, rope).split([self.n_head, self.n_kv_head], dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
+        if q.is_cuda and q.dtype == torch.float32:  # there no fused attention takes groups
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         # A single new token may look at everything before it, so only longer inputs need the causal mask.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)  # (B, n_head, T, D)
+        grouped = k.size(1) < self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)  # (B, n_head, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -275,110 +278,29 @@ class ExpertPool(nn.Module):
         self.down = nn.Parameter(torch.empty(n_expert, n_hidden, n_embd))
         nn.init.normal_(self.gate_up, std=n_embd**-0.5)  # for use by itself; UniPool.init_weights draws both anew
         nn.init.normal_(self.down, std=n_hidden**-0.5)
-        self.copies = None  # gate_up and down as cast() last gave them
+        self.copies = None  # both weights as weights() last cast them
         self.keep_copies = False  # set by a training loop while no weight changes, between micro-batches
 
     @torch.compiler.disable
     def weights(self, one_pass=True):
-        """The PoolWeights that a forward pass takes once and hands to all layers.
+        """[gate_up, down] in product_dtype, which a forward pass takes once and hands to all layers.
 
-        one_pass: their gradients by PoolGradient, below; False leaves them to autograd. Same values, other speed.
+        one_pass: their gradients by PoolGradient, below; False leaves the sum over the layers to autograd.
         """
-        dtype = product_dtype(self.gate_up)
-        if not (one_pass and torch.is_grad_enabled() and self.gate_up.requires_grad):
-            return PoolWeights(self.gate_up.to(dtype), self.down.to(dtype), None)
-        copies, gradient = self.cast(dtype), PoolGradient()
-        return PoolWeights(*HandOut.apply(self.gate_up, self.down, *copies, gradient), gradient)
-
-    def cast(self, dtype):
-        """gate_up and down in `dtype`, cast anew unless `keep_copies`."""
+        stored, dtype = (self.gate_up, self.down), product_dtype(self.gate_up)
+        if not (one_pass and torch.is_grad_enabled()):
+            return [weight.to(dtype) for weight in stored]
         if self.copies is None or not self.keep_copies:
             self.copies = None  # frees the old ones first
-            self.copies = self.gate_up.detach().to(dtype), self.down.detach().to(dtype)
-        return self.copies
+            self.copies = [weight.detach().to(dtype) for weight in stored]
+        return [HandOut.apply(weight, copy) for weight, copy in zip(stored, self.copies)]
 
     def forward(self, x, gates, experts):
         """x: (N, C), gates: (N, k), experts: (N, k) int64 -> (N, C): the sum over k of gate * expert(x), Eq. 2.
 
         For one use by itself; Block calls pool_ffn with the model's weights().
         """
-        weights = self.weights()
-        y, _ = pool_ffn(x.to(weights.down.dtype), gates, experts, weights)
-        return y.to(x.dtype)
-
-
-class PoolWeights(NamedTuple):
-    """A pool's weights in product_dtype."""
-
-    gate_up: torch.Tensor  # (M, C, 2H)
-    down: torch.Tensor  # (M, H, C)
-    gradient: "PoolGradient | None"  # what makes their gradients; None is autograd
-
-
-def product_dtype(weight):
-    """The dtype of matrix products with `weight`: autocast's where that is on."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def pool_ffn(x, gates, experts, weights, fuse=False):
-    """Eq. 2. x: (N, C), gates and experts: (N, k), weights: PoolWeights -> (N, C), and the ends (M,) of dispatch.
-
-    fuse: compile what lies between the products.
-    """
-    rows, order, ends = dispatch(x, experts, len(weights.down))
-    return combine(run_experts(rows, ends, weights, fuse), order, gates), ends
-
-
-def dispatch(x, experts, n_expert):
-    """Sort the R = N * k (token, choice) pairs by expert, so that each expert's inputs lie next to each other.
-
-    x: (N, C), experts: (N, k) int64 -> rows (R, C), the order, and ends (M,): the rows of expert i are ends[i-1] ...
-    ends[i]-1. The order: row r holds pair pair_of_row[r], and pair p lies in row row_of_pair[p]; dispatch gathers by
-    the first, combine by the second. No capacity: no token is ever dropped.
-    """
-    (N, k), C = experts.shape, x.size(1)
-    expert_of_row, pair_of_row = experts.flatten().sort(stable=True)  # (R,) each
-    row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(N * k, device=x.device))
-    ends = torch.searchsorted(expert_of_row, torch.arange(n_expert, device=x.device), right=True)
-    pairs = x.unsqueeze(1).expand(N, k, C).reshape(N * k, C)
-    return Permute.apply(pairs, pair_of_row, row_of_pair), (pair_of_row, row_of_pair), ends
-
-
-def combine(rows, order, gates):
-    """Eq. 2: FFN(x) = sum over the k chosen experts i of gate_i * e_i(x). rows: (R, C), gates: (N, k) -> (N, C)."""
-    pair_of_row, row_of_pair = order
-    y = Permute.apply(rows, row_of_pair, pair_of_row).view(*gates.shape, -1) * gates.unsqueeze(-1)  # (N, k, C)
-    return y.sum(dim=1)
-
-
-def one_token_ffn(x, gates, experts, weights):
-    """Eq. 2 for one token without a gradient, as in decoding: only its k experts' weights are touched. -> (1, C)."""
-    rows = torch.cat([swiglu(x @ weights.gate_up[i]) @ weights.down[i] for i in experts[0].tolist()])  # (k, C)
-    return gates @ rows.to(gates.dtype)
-
-
-class Permute(torch.autograd.Function):
-    """x[order]. The inverse order is known, so the gradient is a gather too: autograd's own would be a scatter-add."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
-
-
-@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
-def run_experts(rows, ends, weights, fuse):
-    """e_i(x) for the rows x of every expert i. rows: (R, C), ends: (M,), weights: PoolWeights, one dtype -> (R, C)."""
-    if weights.gradient is not None:
-        return PoolFFN.apply(rows, ends, *weights, fuse)
-    hidden = grouped_linear(rows, weights.gate_up, ends)  # (R, 2H)
-    return grouped_linear(maybe_compiled(swiglu, fuse)(hidden), weights.down, ends)
+        return pool_ffn(x, gates, experts, self.weights())[0].to(x.dtype)
 
 
 def swiglu(hidden):
@@ -387,153 +309,36 @@ def swiglu(hidden):
     return F.silu(gate) * up
 
 
-def swiglu_backward(hidden, dh):
-    """swiglu(hidden) once more, (R, H), and the gradient of hidden (R, 2H) from that of swiglu(hidden), dh (R, H)."""
-    gate, up = hidden.chunk(2, dim=-1)
-    silu = F.silu(gate)
-    return silu * up, torch.cat([torch.ops.aten.silu_backward(dh * up, gate), dh * silu], dim=-1)
+def pool_ffn(x, gates, experts, weights):
+    """Eq. 2. x: (N, C), gates and experts: (N, k), weights: gate_up (M, C, 2H) and down (M, H, C).
 
-
-def grouped_linear(rows, weight, ends):
-    """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
-    if has_grouped_product(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # a CPU's visits all M experts
-        return F.grouped_mm(rows, weight, offs=ends.int())
-    return torch.cat([x @ w for x, w in by_expert(ends, [rows], [weight]) if len(x)])
-
-
-def has_grouped_product(weight):
-    """Whether F.grouped_mm is the way for this weight. Else (fp64, bf16 on a CPU, fp32 on a GPU, odd widths) experts go
-    one by one."""
-    fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(weight.device.type)
-    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    return hasattr(F, "grouped_mm") and weight.dtype == fast_dtype and aligned
-
-
-def in_one_product(weight):
-    """Whether a weight's gradient is made by one grouped product over all layers, or each layer adds its part."""
-    return weight.is_cuda and has_grouped_product(weight)
-
-
-def by_expert(ends, tensors, weights):
-    """For each expert, also without rows: its part of the tensors (R, ...), then its part of the weights (M, ...)."""
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return zip(*(tensor.split(sizes) for tensor in tensors), *weights)
-
-
-@functools.cache
-def maybe_compiled(function, fuse):
-    return torch.compile(function) if fuse else function
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The pool's gradient in one pass. Autograd would make a full-size gradient of a weight W for each of the L layers that
-# use it, and add them up. But dW_i = sum_l X_li^T dY_li = X_i^T dY_i, with expert i's rows of all layers in X_i, dY_i:
-# so the layers record X and dY, and one product makes dW when all have. (On a CPU each layer adds its part in place.)
-
-
-class PoolGradient:
-    """The gradients of a pool's two weights, in the making during a backward pass."""
-
-    capacity = 2  # records are added up once they hold more than this many times the weights' elements
-    backward_pass = None  # the one that the records and totals are of
-
-    def begin(self):
-        """Each layer calls this first. What an earlier backward pass left that failed half-way does not count."""
-        current = torch._C._current_graph_task_id()
-        if current != self.backward_pass:
-            self.backward_pass, self.totals, self.records = current, [None, None], []
-
-    def record(self, weights, ends, *pairs):
-        """One layer's x (R, in) and dy (R, out), sorted by expert, for each of the two weights."""
-        self.records.append((ends, *pairs))
-        recorded = sum(x.numel() + dy.numel() for _, *pairs in self.records for x, dy in pairs)
-        if recorded > self.capacity * sum(w.numel() for w in weights):
-            self.add_up()
-
-    def add_up(self):
-        ends, *uses = zip(*self.records)
-        for i, pairs in enumerate(uses):
-            product = sum_of_products(ends, *zip(*pairs))
-            self.totals[i] = product.float() if self.totals[i] is None else self.totals[i].add_(product)
-        self.records = []
-
-    def take(self):
-        """The gradients of gate_up and down, complete."""
-        if torch._C._current_graph_task_id() != self.backward_pass:
-            raise RuntimeError("no layer has recorded: use checkpoint(..., use_reentrant=False), or one_pass = False")
-        if self.records:
-            self.add_up()
-        totals, self.totals = self.totals, [None, None]
-        return totals
-
-
-def sum_of_products(ends, xs, dys):
-    """X_i^T dY_i for every expert i: (M, in, out). Tuples, one entry a layer: ends (M,), x (R, in), dy (R, out)."""
-    experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
-    # places[r]: where row r, of all layers' rows laid end to end, stands once they are sorted by expert together.
-    places = torch.cat(experts).argsort(stable=True).argsort()
-    x_sorted, dy_sorted = (tensors[0].new_empty(len(places), tensors[0].size(1)) for tensors in (xs, dys))
-    for place, x, dy in zip(places.split([len(x) for x in xs]), xs, dys):
-        x_sorted[place], dy_sorted[place] = x, dy
-    return F.grouped_mm(x_sorted.t(), dy_sorted, offs=sum(ends).int())
-
-
-class PoolFFN(torch.autograd.Function):
-    """run_experts, with a backward that records what the weights' gradients are made of instead of computing them."""
-
-    @staticmethod
-    def forward(ctx, rows, ends, gate_up, down, gradient, fuse):
-        hidden = grouped_linear(rows, gate_up, ends)  # (R, 2H)
-        ctx.save_for_backward(rows, ends, gate_up, down, hidden)
-        ctx.gradient, ctx.fuse = gradient, fuse
-        return grouped_linear(maybe_compiled(swiglu, fuse)(hidden), down, ends)
-
-    @staticmethod
-    @once_differentiable
-    @torch.compiler.disable
-    def backward(ctx, dy):
-        rows, ends, gate_up, down, hidden = ctx.saved_tensors
-        ctx.gradient.begin()
-        if in_one_product(gate_up):
-            dh = grouped_linear(dy, down.transpose(1, 2), ends)  # (R, H)
-            h, d_hidden = maybe_compiled(swiglu_backward, ctx.fuse)(hidden, dh)
-            ctx.gradient.record((gate_up, down), ends, (rows, d_hidden), (h, dy))
-            return grouped_linear(d_hidden, gate_up.transpose(1, 2), ends), None, None, None, None, None
-        first = ctx.gradient.totals[0] is None
-        if first:
-            ctx.gradient.totals = [torch.empty_like(gate_up), torch.empty_like(down)]
-        beta, dx = 0 if first else 1, torch.empty_like(rows)  # with beta = 0 products overwrite what they find
-        weights = gate_up.mT, down.mT, *ctx.gradient.totals
-        for x, dy_i, hidden_i, dx_i, w1_t, w2_t, dw1, dw2 in by_expert(ends, [rows, dy, hidden, dx], weights):
-            h, d_hidden = swiglu_backward(hidden_i, dy_i @ w2_t)  # of one expert: small enough to stay in the cache
-            dw1.addmm_(x.t(), d_hidden, beta=beta)
-            dw2.addmm_(h.t(), dy_i, beta=beta)
-            torch.mm(d_hidden, w1_t, out=dx_i)
-        return dx, None, None, None, None, None
-
-
-class HandOut(torch.autograd.Function):
-    """Hands a pool's weights to the layers' PoolFFNs. These return no gradient for them, but autograd still calls the
-    backward here after all of theirs: then the gradients are complete.
+    Returns y (N, C) and f (M,), the share of the (token, choice) pairs that each expert serves. No capacity: no token
+    is ever dropped. But a pair whose gate is 0 adds nothing, so no expert serves it: f does not count it, and its row
+    stands behind those of all experts, where nothing is computed.
     """
-
-    @staticmethod
-    def forward(ctx, gate_up, down, gate_up_copy, down_copy, gradient):
-        ctx.gradient, ctx.dtype = gradient, gate_up.dtype
-        ctx.set_materialize_grads(False)
-        return gate_up_copy.view_as(gate_up), down_copy.view_as(down)
-
-    @staticmethod
-    @once_differentiable
-    @torch.compiler.disable
-    def backward(ctx, *others):  # gradients of other uses than PoolFFN: as a rule None
-        grads = zip(ctx.gradient.take(), others)
-        return *((total if o is None else total + o).to(ctx.dtype) for total, o in grads), None, None, None
+    if len(x) == 1 and not torch.is_grad_enabled():
+        return one_token_ffn(x, gates, experts, weights)
+    (N, k), (_, down) = experts.shape, weights
+    M = len(down)
+    served = (gates > 0).unsqueeze(-1)  # (N, k, 1)
+    # Sort the R = N * k pairs by expert, so that each expert's inputs lie next to each other: row r holds pair
+    # pair_of_row[r], pair p lies in row row_of_pair[p], and expert i has the rows ends[i-1] ... ends[i]-1.
+    expert_of_row, pair_of_row = torch.where(gates > 0, experts, M).flatten().sort(stable=True)  # (R,) each
+    row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(N * k, device=x.device))
+    ends = torch.searchsorted(expert_of_row, torch.arange(M, device=x.device), right=True)  # (M,)
+    # Rows behind ends[-1] come out of a product undefined. torch.where keeps them out of y and of the gradient of x.
+    pairs = torch.where(served, x.unsqueeze(1).to(down.dtype), 0).flatten(0, 1)  # (R, C)
+    rows = Permute.apply(pairs, pair_of_row, row_of_pair)
+    rows = expert_ffn(rows, ends, weights, torch.compiler.is_compiling())  # e_i of the rows of each expert i
+    y = Permute.apply(rows, row_of_pair, pair_of_row).view(N, k, -1)  # of each pair
+    y = (gates.unsqueeze(-1) * torch.where(served, y, 0)).sum(dim=1)  # Eq. 2; gates are fp32, and so is the sum
+    return y, ends.diff(prepend=ends.new_zeros(1)) / (N * k)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Balance losses, on the routing statistics of the layers that share a pool:
-#   f (L, M): the share of the layer's (token, choice) pairs that expert i received; sums to 1, carries no gradient
+#   f (L, M): the share of the layer's (token, choice) pairs that expert i serves; carries no gradient. It sums to 1, or
+#             with NormRouter to less: pairs whose gate is 0 are served by no expert (the authors' code counts them)
 #   P (L, M): the mean over tokens of the router's score for expert i before top-k; carries the gradient
 # With G pools these are the rows of one pool's layers, L / G of them.
 
@@ -597,24 +402,16 @@ class Block(nn.Module):
             return x + self.ffn(h), no_experts, no_experts
         h = h.flatten(0, 1)  # (N, C)
         gates, experts, scores = self.router(h)
-        h = h.to(expert_weights.down.dtype)
-        if len(h) == 1 and not torch.is_grad_enabled():
-            y = one_token_ffn(h, gates, experts, expert_weights)
-            f = torch.zeros_like(scores[0]).index_fill_(0, experts[0], 1 / experts.numel())  # (M,)
-        else:
-            y, ends = pool_ffn(h, gates, experts, expert_weights, fuse=torch.compiler.is_compiling())  # (N, C)
-            f = ends.diff(prepend=ends.new_zeros(1)) / experts.numel()  # (M,)
+        y, f = pool_ffn(h, gates, experts, expert_weights)
         return x + y.view_as(x).to(x.dtype), f, scores.mean(dim=0)
-
-
-LOSS_CHUNK = 4096  # tokens whose logits are held at a time, when the loss is computed in chunks
 
 
 class Output(NamedTuple):
     logits: torch.Tensor | None  # (B, T, V); None with keep_logits=False
     loss: torch.Tensor | None  # (), cross-entropy in nats a token and nothing else; None without targets
     balance_loss: torch.Tensor  # (), Eq. 3 or 5 without alpha; 0 for a dense model and for balance "bias" or "none"
-    usage: torch.Tensor  # (L, M), the f of each layer
+    usage: torch.Tensor  # (L, M), the f of each layer: sums to the share of its (token, choice) pairs that is served
+    scores: torch.Tensor  # (L, M), the P of each layer
 
 
 class UniPool(nn.Module):
@@ -684,24 +481,14 @@ class UniPool(nn.Module):
         chunks, without ever holding all B * T * V logits, and returns none. Raises ValueError if T > block_size.
         """
         x, f, P = self.trunk(idx)
-        logits = loss = None
-        if targets is not None and not keep_logits and hasattr(F, "linear_cross_entropy"):  # torch 2.13
-            loss = self.chunked_cross_entropy(x.flatten(0, 1), targets.flatten())
-        else:
-            logits = self.head(x)  # (B, T, V)
-            if targets is not None:
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return Output(logits if keep_logits else None, loss, self.balance_loss(f, P), f)
-
-    def chunked_cross_entropy(self, x, targets):
-        """x: (N, C), targets: (N,) -> (). Computes the gradients too, chunk by chunk, while the logits are there."""
-        dtype = product_dtype(self.head.weight)
-        options = nn.LinearCrossEntropyOptions(
-            batch_chunk_size=LOSS_CHUNK, acc_policy="balanced", allow_retain_graph=True
-        )
-        return F.linear_cross_entropy(
-            x.to(dtype), self.head.weight.to(dtype), targets, ignore_index=-1, options=options
-        )
+        logits = self.head(x) if keep_logits or targets is None else None  # (B, T, V)
+        loss = None
+        if logits is None:
+            training = torch.is_grad_enabled()
+            loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), training)
+        elif targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return Output(logits if keep_logits else None, loss, self.balance_loss(f, P), f, P)
 
     # ------------------------------------------------------------------------------------------------------------------
     # For training
@@ -779,3 +566,242 @@ class UniPool(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
         """Continue the prompts idx (B, T): (B, T + max_new_tokens). See `stream` for the arguments and the window."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, n_vocab)], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What only makes it fast: nothing below changes a result, and nothing of the method is here.
+
+
+def product_dtype(weight):
+    """The dtype of matrix products with `weight`: autocast's where that is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def one_token_ffn(x, gates, experts, weights):
+    """pool_ffn for one token without a gradient, as in decoding: only the weights of the experts that serve it."""
+    gate_up, down = weights
+    x, y, f = x.to(down.dtype), torch.zeros_like(x, dtype=torch.float32), gates.new_zeros(len(down))
+    for gate, i in zip(gates[0].tolist(), experts[0].tolist()):
+        if gate > 0:
+            y, f[i] = y + gate * (swiglu(x @ gate_up[i]) @ down[i]).float(), f[i] + 1 / gates.numel()
+    return y, f
+
+
+class Permute(torch.autograd.Function):
+    """x[order]. The inverse order is known, so the gradient is a gather too: autograd's own would be a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def grouped_product(rows, weight, ends):
+    """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
+    if has_grouped_mm(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # a CPU's visits all M experts
+        return F.grouped_mm(rows, weight, offs=ends.int())
+    out = rows.new_empty(len(rows), weight.size(2))
+    for x, y, w in by_expert(ends, (rows, out), (weight,)):
+        torch.mm(x, w, out=y)
+    return out
+
+
+def has_grouped_mm(weight):
+    """Whether F.grouped_mm is the way for this weight. Else (fp64, bf16 on a CPU, fp32 on a GPU, odd widths) experts go
+    one by one."""
+    fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(weight.device.type)
+    return weight.dtype == fast_dtype and all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+
+
+def in_one_product(weight):
+    """Whether a weight's gradient is made by one grouped product over all layers, or each layer adds its part."""
+    return weight.is_cuda and has_grouped_mm(weight)
+
+
+def by_expert(ends, tensors, weights):
+    """For each expert that has rows: its part of the tensors (R, ...), then its part of the weights (M, ...)."""
+    start = 0
+    for i, end in enumerate(ends.tolist()):
+        if end > start:
+            yield *(tensor[start:end] for tensor in tensors), *(weight[i] for weight in weights)
+        start = end
+
+
+compiled = functools.cache(torch.compile)
+
+
+@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
+def expert_ffn(rows, ends, weights, fuse):
+    """e_i(x) for the rows x of every expert i. rows: (R, C), ends: (M,), weights: as in pool_ffn -> (R, C).
+
+    Expert i has rows ends[i-1] ... ends[i]-1. Those behind ends[-1] belong to none: nothing is computed there, and what
+    comes out there is undefined. fuse: compile what lies between the products.
+    """
+    return ExpertFFN.apply(rows, ends, *weights, compiled(swiglu) if fuse else swiglu)
+
+
+class ExpertFFN(torch.autograd.Function):
+    """expert_ffn. It keeps rows and hidden only; what lies between the products is computed again in the backward pass.
+
+    The pool's gradient is made in one pass. Autograd would make a full-size gradient of a weight W for each of the L
+    layers that use it, and add them up. But dW_i = sum_l X_li^T dY_li = X_i^T dY_i, with expert i's rows of all layers
+    in X_i, dY_i: so the layers record X and dY, and one product makes dW when all have. (On a CPU each layer adds its
+    part in place.) Only if HandOut gave the weights: else each layer returns its own gradient, and autograd adds up.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, ends, gate_up, down, activation):
+        hidden = grouped_product(rows, gate_up, ends)  # (R, 2H)
+        ctx.save_for_backward(rows, ends, gate_up, down, hidden)
+        ctx.activation, ctx.one_pass = activation, isinstance(gate_up.grad_fn, HandOut._backward_cls)
+        ctx.gradients = [w.grad_fn.gradient if ctx.one_pass else PoolGradient(w) for w in (gate_up, down)]
+        return grouped_product(activation(hidden), down, ends)
+
+    @staticmethod
+    @once_differentiable
+    @torch.compiler.disable
+    def backward(ctx, dy):
+        rows, ends, gate_up, down, hidden = ctx.saved_tensors
+        of_gate_up, of_down = ctx.gradients
+        if in_one_product(gate_up):
+            h, d_hidden = with_gradient(ctx.activation, hidden, grouped_product(dy, down.mT, ends))  # (R, H), (R, 2H)
+            of_gate_up.record(ends, rows, d_hidden)
+            of_down.record(ends, h, dy)
+            dx = grouped_product(d_hidden, gate_up.mT, ends)
+        else:  # expert by expert, so that what lies between the products stays in the cache
+            dx = torch.empty_like(rows)
+            weights = gate_up, down, of_gate_up.so_far(), of_down.so_far()
+            for x, dy_i, hidden_i, dx_i, w1, w2, dw1, dw2 in by_expert(ends, (rows, dy, hidden, dx), weights):
+                h, d_hidden = with_gradient(ctx.activation, hidden_i, dy_i @ w2.t())
+                torch.mm(d_hidden, w1.t(), out=dx_i)
+                dw1.addmm_(x.t().to(dw1.dtype), d_hidden.to(dw1.dtype))
+                dw2.addmm_(h.t().to(dw2.dtype), dy_i.to(dw2.dtype))
+        return dx, None, *(None if ctx.one_pass else gradient.take() for gradient in ctx.gradients), None
+
+
+def with_gradient(function, x, dy):
+    """y = function(x), and the gradient of x from dy, that of y."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+
+class HandOut(torch.autograd.Function):
+    """Hands a weight of the pool, cast once, to all layers. ExpertFFN returns no gradient for it, but autograd still
+    calls the backward here after all of theirs: then the gradient is complete.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, copy):
+        ctx.gradient, ctx.dtype = PoolGradient(copy), weight.dtype
+        ctx.set_materialize_grads(False)
+        return copy.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    @torch.compiler.disable
+    def backward(ctx, other):  # of other uses than ExpertFFN: as a rule None
+        parts = [part for part in (ctx.gradient.take(), other) if part is not None]
+        return (sum(parts[1:], parts[0]).to(ctx.dtype) if parts else None), None
+
+
+class PoolGradient:
+    """The gradient of a weight (M, in, out), in the making during a backward pass."""
+
+    capacity = 4  # records are multiplied early once they hold more than this many times the weight's elements
+
+    def __init__(self, weight):
+        self.weight, self.backward_pass = weight, None
+
+    def begin(self):
+        """Each layer calls this first. What an earlier backward pass left that failed half-way does not count."""
+        current = torch._C._current_graph_task_id()
+        if self.backward_pass != current:
+            self.backward_pass, self.total, self.records = current, None, []
+
+    def so_far(self):
+        """The sum that layers add to in place; fp32, also of bf16 products."""
+        self.begin()
+        if self.total is None:
+            self.total = torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        return self.total
+
+    def record(self, ends, x, dy):
+        """One layer's x (R, in) and dy (R, out), sorted by expert."""
+        self.begin()
+        self.records.append((ends, x, dy))
+        if sum(x.numel() + dy.numel() for _, x, dy in self.records) > self.capacity * self.weight.numel():
+            self.multiply()
+
+    def multiply(self):
+        product, self.records = sum_of_products(self.records), []
+        self.total = product if self.total is None else self.total.float().add_(product)  # of several, in fp32
+
+    def take(self):
+        """The gradient, complete; None if no layer has taken part in this backward pass."""
+        if self.backward_pass != torch._C._current_graph_task_id():
+            return None
+        if self.records:
+            self.multiply()
+        total, self.total = self.total, None
+        return total
+
+
+def sum_of_products(records):
+    """X_i^T dY_i for every expert i: (M, in, out). records: (ends (M,), x (R, in), dy (R, out)) of each layer."""
+    ends, xs, dys = zip(*records)
+    x, dy, ends_of_all = xs[0], dys[0], sum(ends)
+    if len(records) > 1:
+        experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
+        # places[r]: where row r, of all layers' rows laid end to end, stands once they are sorted by expert together.
+        places = torch.cat(experts).argsort(stable=True).argsort()
+        x, dy = (tensors[0].new_empty(len(places), tensors[0].size(1)) for tensors in (xs, dys))
+        for place, x_l, dy_l in zip(places.split([len(x_l) for x_l in xs]), xs, dys):
+            x[place], dy[place] = x_l, dy_l
+    product = F.grouped_mm(x.t(), dy, offs=ends_of_all.int())
+    without_rows = ends_of_all.diff(prepend=ends_of_all.new_zeros(1)) == 0
+    return product.masked_fill_(without_rows[:, None, None], 0)  # some GPUs leave garbage there (pytorch issue 172439)
+
+
+LOSS_CHUNK = 4096  # tokens whose logits are held at a time
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of the logits x W^T in fp32, without ever holding the logits of more than LOSS_CHUNK tokens:
+    the gradients are made chunk by chunk, while its logits are there. d loss / d logits = (softmax - one-hot) / n.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, with_gradient):
+        """x: (N, C), weight: (V, C), targets: (N,) int64, of which -1 do not count -> (), fp32."""
+        dtype = product_dtype(weight)
+        w, n, loss = weight.to(dtype), (targets != -1).sum(), torch.zeros((), device=x.device)
+        if with_gradient:
+            dx, dw = torch.empty_like(x, dtype=dtype), torch.zeros_like(weight, dtype=torch.float32)
+        for i in range(0, len(x), LOSS_CHUNK):
+            x_i, target = x[i : i + LOSS_CHUNK].to(dtype), targets[i : i + LOSS_CHUNK].unsqueeze(1)
+            counts = target != -1
+            target = torch.where(counts, target, 0)
+            log_p = (x_i @ w.t()).float().log_softmax(dim=-1)
+            loss -= torch.where(counts, log_p.gather(1, target), 0).sum() / n
+            if with_gradient:
+                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+                d_logits = d_logits.mul_(counts / n).to(dtype)
+                dx[i : i + LOSS_CHUNK] = d_logits @ w
+                dw += d_logits.t() @ x_i
+        if with_gradient:
+            ctx.save_for_backward(dx.to(x.dtype), dw.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None, None

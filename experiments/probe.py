@@ -3,7 +3,8 @@
     python -m experiments.probe                                  # the run in out/
     python -m experiments.probe runs/tiny/unipool-1 runs/tiny/vanilla-1 --tokens 65536
 
-Utilisation   how often each layer chooses each expert, and what that adds up to for each expert
+Utilisation   how often each expert serves each layer, and what that adds up to for each expert
+Unserved      share of the (token, choice) pairs whose gate is 0: no expert serves them, and no other figure counts them
 Reuse         how many different experts a token meets on its way up, and how many layers an expert serves
 Scale         NormRouter's sigma, and what a token's scores and its k gates add up to, layer by layer
 Probe         what it costs to choose at random in one layer of the deeper half at a time: uniformly over all experts
@@ -74,30 +75,33 @@ class Statistics:
 
     def add(self, routers):
         experts = torch.stack([r.experts for r in routers]) + self.first_expert[:, None, None]  # (L, N, k)
+        served = torch.stack([r.gates for r in routers]) > 0
         L, N, k = experts.shape
         for l in range(L):
-            self.counts[l] += experts[l].flatten().bincount(minlength=self.config.n_expert)
-        self.distinct += distinct_experts(experts).sum().item()
+            self.counts[l] += experts[l][served[l]].bincount(minlength=self.config.n_expert)
+        self.distinct += distinct_experts(torch.where(served, experts, -1)).sum().item()
         self.tokens += N
         self.score_sum += torch.stack([r.scores.double().sum() for r in routers])
         self.gate_sum += torch.stack([r.gates.double().sum() for r in routers])
 
     def summary(self):
         c = self.config
-        shares = self.counts.double() / self.counts.sum(dim=1, keepdim=True)  # (L, n_expert), f of each layer
-        own = torch.stack([f[first : first + c.experts_per_pool] for f, first in zip(shares, self.first_expert)])
-        even = 1 / c.experts_per_pool
-        load = shares.sum(dim=0) * c.n_expert / c.n_layer  # (n_expert,), 1 is the mean
-        visits = c.n_layer * c.top_k  # of experts, by a token
+        f = self.counts.double() / (self.tokens * c.top_k)  # (L, n_expert): sums to the share that is served
+        served, even = f.sum(dim=1), 1 / c.experts_per_pool  # (L,)
+        own = torch.stack([f_l[first : first + c.experts_per_pool] for f_l, first in zip(f, self.first_expert)])
+        shares = f / served.clamp(min=1e-300)[:, None]
+        load = f.sum(dim=0) / f.mean()  # (n_expert,), 1 is the mean
         # Drawn evenly and independently, an expert of a pool is missed by all of its layers with this probability.
-        missed = (1 - c.top_k * even) ** (c.n_layer // c.n_pool)
+        missed = (1 - served * c.top_k * even).view(c.n_pool, -1).prod(dim=1)  # (G,)
+        visits = served.sum().item() * c.top_k  # that serve a token, on average
         return dict(
             utilisation=pool_utilisation(own, c.n_pool)[0],
             dead_experts=int((load == 0).sum()),
             most_used=load.max().item(),
             distinct_share=self.distinct / self.tokens / visits,
-            distinct_share_if_even=c.n_expert * (1 - missed) / visits,
+            distinct_share_if_even=c.experts_per_pool * (1 - missed).sum().item() / visits,
             layers_of_expert=layers_of_experts(shares, even).tolist(),
+            unserved=(1 - served).tolist(),
             score_sum=(self.score_sum / self.tokens).tolist(),
             gate_sum=(self.gate_sum / self.tokens).tolist(),
             shares=shares.tolist(),
@@ -105,9 +109,9 @@ class Statistics:
 
 
 def distinct_experts(experts):
-    """How many different experts each token meets: (L, N, k) expert numbers -> (N,)."""
+    """How many different experts serve each token: (L, N, k) expert numbers, -1 for none -> (N,)."""
     met = experts.transpose(0, 1).flatten(1).sort(dim=1).values  # (N, L * k)
-    return 1 + (met.diff(dim=1) != 0).sum(dim=1)
+    return (met[:, 0] >= 0).long() + (met.diff(dim=1) != 0).sum(dim=1)
 
 
 def layers_of_experts(shares, even):
@@ -178,13 +182,15 @@ def table(results):
         "validation loss, nats a token": lambda f: f"{f['loss']:.4f}",
         "next token predicted rightly": lambda f: f"{f['accuracy']:.2%}",
         "pool utilisation": lambda f: f"{f['utilisation']:.1%}",
+        "pairs that no expert serves": lambda f: f"{statistics.fmean(f['unserved']):.1%}",
         "dead experts": lambda f: f"{f['dead_experts']} of {len(f['shares'][0])}",
         "load of the most used, mean = 1": lambda f: f"{f['most_used']:.2f}",
         "distinct experts a token meets, of its visits (Table 9)": lambda f: f"{f['distinct_share']:.1%}",
         "the same, if layers chose evenly at random": lambda f: f"{f['distinct_share_if_even']:.1%}",
         "layers that use an expert*, mean": lambda f: f"{statistics.fmean(f['layers_of_expert']):.2f}",
     }
-    for name, key in (("sigma", "sigma"), ("sum of a token's scores", "score_sum"), ("sum of its gates", "gate_sum")):
+    for name, key in (("pairs that no expert serves", "unserved"), ("sigma", "sigma"),
+                      ("sum of a token's scores", "score_sum"), ("sum of its gates", "gate_sum")):  # fmt: skip
         rows[f"{name}, from the lowest layer up"] = lambda f, key=key: (
             " ".join(f"{value:.2f}" for value in f[key]) if key in f else ""
         )
@@ -222,7 +228,7 @@ def draw_usage(results, path):
         below.spines[["top", "right"]].set_visible(False)
     for below in axes[1]:
         below.set_ylim(0, max(ax.get_ylim()[1] for ax in axes[1]))
-    fig.colorbar(image, ax=axes[0], extend="max", label="share of the layer's\ntokens, even = 1")
+    fig.colorbar(image, ax=axes[0], extend="max", label="share of the layer's\nserved pairs, even = 1")
     axes[0][0].set_ylabel("layer")
     axes[1][0].set_ylabel("load over all\nlayers, mean = 1")
     fig.savefig(path)
