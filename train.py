@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -205,20 +205,25 @@ def has_bf16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def shard(model, device, world_size):
-    """Split the model's weights, and with them gradients and optimizer state, over the processes (FSDP2), in place.
+def shard(model, device, mesh):
+    """Split the model's weights, and with them gradients and optimizer state, over the mesh's processes, by FSDP2.
 
-    The pools, nearly all of the weights, are gathered in bf16 where autocast would cast them so. The rest is gathered in
-    fp32, because in bf16 a sigma near 1 has steps of 1/128; so --shard computes what a single process computes. All is
-    gathered once a step, since every layer uses the pool. Gradients are reduced in fp32 after each micro-batch: adding
-    them up unsharded would take 4 bytes for every weight of the model.
+    The pools, nearly all of the weights, are gathered in bf16 where autocast would cast them so. The rest is gathered
+    in fp32, because in bf16 a sigma near 1 has steps of 1/128; so --shard computes what a single process computes. All
+    is gathered once a step, since every layer uses the pool. Gradients are reduced in fp32 after each micro-batch:
+    adding them up unsharded would take 4 bytes for every weight of the model.
     """
-    mesh = dist.init_device_mesh(device.type, (world_size,))
     policy = MixedPrecisionPolicy(torch.bfloat16 if has_bf16(device) else None, reduce_dtype=torch.float32)
     for pool in model.pools:
         fully_shard(pool, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        register_fsdp_forward_method(pool, "weights")
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+    @torch.compiler.disable
+    def gather_pools(*_):  # not by FSDP's own hook: that would keep the communication's buffer until the forward's end
+        for pool in model.pools:
+            pool.unshard()
+
+    model.register_forward_pre_hook(gather_pools)
 
 
 def learning_rate(step, settings):
@@ -527,7 +532,7 @@ def run(argv):
     model.recompute, model.one_pass = settings.recompute, settings.one_pass
     sharded = settings.shard and world_size > 1
     if sharded:
-        shard(model, device, world_size)
+        shard(model, device, dist.init_device_mesh(device.type, (world_size,)))
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
     sum_of = 1 if sharded else world_size  # processes whose gradients are summed; sharded, they are averaged
@@ -656,6 +661,12 @@ def run(argv):
                         skipped_steps=n_skipped)  # fmt: skip
             if config.n_expert:
                 line |= routing_figures(model, usage, scores)
+                if line["unserved"] > 0.5 and not warned and is_main:
+                    warned = True
+                    bar.write(
+                        f"warning: step {step}: no expert serves {line['unserved']:.0%} of the (token, choice) pairs, "
+                        f"for all their scores are 0: try a lower --balance_coef than {config.balance_coef:g}"
+                    )
             if peak:
                 line["mfu"] = tokens_per_second * model.flops_per_token() / (peak * world_size)
             if evaluating:
@@ -687,7 +698,7 @@ def run(argv):
         if writing and writing.done():
             writing.result()  # raises what went wrong in the thread
         is_last = step == settings.max_steps or stopping
-        if step % settings.ckpt_interval == 0 or is_best or is_last:
+        if (step % settings.ckpt_interval == 0 or is_best or is_last) and skipped[0] < step:
             # The GPU's memory, or the CPU's while training goes on in it, is copied; the rest is the writer's work.
             state = snapshot(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), is_main, not is_last)
             kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
@@ -704,11 +715,16 @@ def run(argv):
     bar.close()
     if writing:
         writing.result()
-    if skipped[1] >= MOST_SKIPPED:
+    n_skipped, in_a_row = skipped.tolist()
+    if in_a_row >= MOST_SKIPPED or in_a_row == step - first_step > 0:
+        what = f"the last {in_a_row} steps had a loss or gradient that is not finite and were skipped"
+        if n_skipped == step:
+            raise BadInput(
+                f"--lr={settings.lr}: {what}, as all before them: nothing is saved; change the model's flags"
+            )
         raise BadInput(
-            f"--lr={settings.lr}: the last {skipped[1]} steps had a loss or gradient that is not finite and were "
-            f"skipped; stopped at step {step}, with the weights from before them in {out_dir / kept_name(0)}: --resume "
-            "with a lower --lr"
+            f"--lr={settings.lr}: {what}; stopped at step {step}, with the weights from before them in "
+            f"{out_dir / kept_name(0)}: --resume with a lower --lr"
         )
     if is_main:
         if step < settings.max_steps:

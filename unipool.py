@@ -113,7 +113,7 @@ class UniPoolConfig:
             check(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("balance_coef", "bias_rate", "norm_eps", "init_std"):
             check(0 <= getattr(self, name) < math.inf, name, "must be a number of at least 0")
-        check(0 < self.rope_base < math.inf, "rope_base", "must be a number above 0")
+        check(1 <= self.rope_base < math.inf, "rope_base", "must be a number of at least 1")
         check(self.n_expert >= 0, "n_expert", "must be 0 (a dense model) or more")
         check(self.router in ROUTERS, "router", f"choose from {', '.join(ROUTERS)}")
         check(self.balance in BALANCES, "balance", f"choose from {', '.join(BALANCES)}")
@@ -715,7 +715,7 @@ class HandOut(torch.autograd.Function):
 class PoolGradient:
     """The gradient of a weight (M, in, out), in the making during a backward pass."""
 
-    capacity = 4  # records are multiplied early once they hold more than this many times the weight's elements
+    capacity = 2  # records are multiplied early once they hold more than this many times the weight's elements
 
     def __init__(self, weight):
         self.weight, self.backward_pass = weight, None
@@ -796,6 +796,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 d_logits = d_logits.mul_(counts / n).to(dtype)
                 dx[i : i + LOSS_CHUNK] = d_logits @ w
                 dw += d_logits.t() @ x_i
+            log_p = d_logits = None  # before the next chunk makes its own
         if with_gradient:
             ctx.save_for_backward(dx.to(x.dtype), dw.to(weight.dtype))
         return loss

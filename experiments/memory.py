@@ -1,151 +1,138 @@
-"""What one GPU must hold, for each scale: which of plain data parallelism, --shard and --recompute fits.
+"""What one GPU must hold, for each scale: a training step on fake tensors (fake_gpu.py); on a real GPU, where there is one.
 
-    python -m experiments.memory                          # 8 GPUs of 80 GiB, micro-batches of 16,384 tokens
-    python -m experiments.memory --gpus 16 --tokens 8192
+    python -m experiments.memory                                       # all scales, --shard on 8 GPUs, 16 sequences
+    python -m experiments.memory --scales 978m --sequences 32 --gpus 16
 
-Weights, gradients and optimizer state are counted from the model's parameters. Activations are what autograd keeps in
-a forward pass of one and two layers with few experts, in the scale's own width, under bf16 autocast on this CPU, and
-so scaled to depth and number of experts. Fragmentation and what the CUDA libraries take for themselves are not in it.
-Where there is a GPU, a step of each scale that fits without sharding is measured beside it.
+The second of two steps of two micro-batches, not compiled, and the moment at which it holds most. Fragments, and what
+the CUDA libraries and NCCL take for themselves, are not in it: of 80 GiB, 72 count as room.
 """
 
 import gc
-from dataclasses import replace
+import itertools
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from experiments.bench import PeakMemory, machine, make_step, save_result
+from experiments.bench import machine, save_result
+from experiments.fake_gpu import WHY_NOT, Watch, fake_gpu
 from prepare_pile import BadInput, Parser, run_command
-from train import SHARDED_CAPACITY
-from unipool import LOSS_CHUNK, SCALES, PoolGradient, UniPool, UniPoolConfig
+from train import Settings, autocast, shard
+from unipool import SCALES, UniPool, UniPoolConfig
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
-USABLE = 0.93  # of a GPU's memory: the rest is for fragments and for what CUDA and NCCL take themselves
-TOKENS = 72  # of the small forward passes; no weight has this size, which tells activations from weights
+ROOM = 0.9  # of a GPU's memory
+MADE_IN = {"weights": "init", "optimizer": "optimizer", "kept by forward": "forward", "made by backward": "backward"}
 
 
-def kept_bytes(config, recompute):
-    """Bytes a token that autograd keeps between forward and backward, weights and their casts left out."""
-    torch.manual_seed(0)
-    model = UniPool(config)
-    model.recompute = recompute
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if TOKENS in tensor.shape:
-            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
-        return tensor.detach()  # the tensor itself would hold the graph that holds it
-
-    idx = torch.zeros(1, TOKENS, dtype=torch.int64)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.trunk(idx)
-    return sum(storage.nbytes() for storage in kept.values()) / TOKENS
-
-
-def activation_bytes(config):
-    """{with recomputation?: bytes of activations a token}, at the config's depth and number of experts."""
-    small, scaled = replace(config, block_size=TOKENS, vocab_size=64), {}
-    for recompute in (False, True):
-        one, two, more = (
-            kept_bytes(replace(small, n_layer=n_layer, n_expert=n_expert), recompute)
-            for n_layer, n_expert in ((1, 4), (2, 4), (2, 8))
-        )
-        scores_of_an_expert = (more - two) / (2 * 4)
-        layer = two - one + scores_of_an_expert * (config.experts_per_pool - 4)
-        scaled[recompute] = one - (two - one) + config.n_layer * layer
-    scaled[True] += scaled[False] / config.n_layer  # one layer at a time is computed again, with all it keeps
-    return scaled
-
-
-def parts(config, activations, tokens, gpus, shard):
-    """{what: bytes} of one GPU, and "peak": the larger of the moments where backward begins and where it ends.
-
-    activations: bytes a token. Sharded, a GPU keeps its share in fp32, all weights in bf16, and one fp32 gradient of
-    all weights, which adds up micro-batches; at the end that is copied once more to be exchanged. Not sharded, it keeps
-    all in fp32 and casts the weights to bf16.
-    """
-    with torch.device("meta"):
-        model = UniPool(config)
-    n = model.num_params()
-    pool = sum(p.numel() for p in model.pools.parameters())
-    share = gpus if shard else 1
-    rows = tokens * config.top_k * config.n_layer
-    elements = (
-        rows * (2 * config.n_embd + 3 * config.n_hidden),
-        (SHARDED_CAPACITY if shard else PoolGradient.capacity) * pool,
-    )
-    records = 2 * min(elements)
-    held = {
-        "weights": 4 * n / share + 2 * n,
-        "gradients": 4 * n,
-        "optimizer": 8 * n / share,
-        "activations": tokens * activations + LOSS_CHUNK * config.vocab_size * (2 + 4 + 4),
-        # records, those of gate_up sorted once more, this micro-batch's gradient in fp32, a product on its way to it
-        "pool's gradient": records * (1 + 2 / 3) + 4 * pool + 2 * pool * 2 / 3,
-        "exchange": 4 * n if shard else 0,
-    }
-    state = held["weights"] + held["gradients"] + held["optimizer"]
-    return held | {"peak": state + max(held["activations"], held["pool's gradient"], held["exchange"])}
-
-
-def measured(config, tokens, recompute):
-    """Peak bytes of one training step on this GPU."""
+def prepare(config, mesh, recompute=False, one_pass=True):
+    """(model, optimizer) on the GPU as train.py makes them; sharded if there is a mesh."""
     device = torch.device("cuda")
     with torch.device(device):
         model = UniPool(config)
-    model.recompute = recompute
-    step, _, state = make_step(model, tokens, device, use_compile=False)
-    step()
-    with PeakMemory(device) as memory:
-        step()
-    return memory.bytes + state
+    model.rope = model.rope.to(device)
+    model.recompute, model.one_pass = recompute, one_pass
+    if mesh is not None:
+        shard(model, device, mesh)
+    betas = (Settings.beta1, Settings.beta2)
+    return model, model.configure_optimizer(Settings.lr, Settings.weight_decay, betas, Settings.adam_eps)
+
+
+def train_step(model, optimizer, sequences, micro_batches, watch=None):
+    """One step as train.py makes it, on random tokens. Of several processes, this is one."""
+    config, device = model.config, torch.device("cuda")
+    watch = watch or Watch()
+    losses, routing = torch.zeros(2, device=device), 0.0
+    for i in range(micro_batches):
+        last = i == micro_batches - 1
+        watch.phase = "forward"
+        idx = torch.randint(config.vocab_size, (sequences, config.block_size + 1), device=device)
+        if hasattr(model, "set_reshard_after_backward"):
+            model.set_reshard_after_backward(last)
+        with autocast(device):
+            out = model(idx[:, :-1], idx[:, 1:], keep_logits=False)
+            loss = out.loss + config.balance_coef * out.balance_loss
+        watch.phase = "backward"
+        (loss / micro_batches).backward()
+        losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / micro_batches
+        routing = routing + torch.stack([out.usage, out.scores.detach()]) / micro_batches
+        for pool in model.pools:
+            pool.keep_copies = not last
+    watch.phase = "optimizer"
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), Settings.grad_clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    optimizer.found_inf = (~(losses.sum() + norm).isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses
+
+
+def simulated(config, sequences, world_size=1, recompute=False):
+    """Bytes at the peak of a step on one of world_size GPUs: the peak, its phase, and what it is made of."""
+    with fake_gpu(config, world_size) as mesh, Watch() as watch:
+        watch.phase = "init"
+        model, optimizer = prepare(config, mesh, recompute)
+        train_step(model, optimizer, sequences, 2, watch)
+        watch.reset()
+        train_step(model, optimizer, sequences, 2, watch)
+        made_of = watch.made_of()
+        held = {name: sum(size for (made_in, *_), size in made_of if made_in == phase)
+                for name, phase in MADE_IN.items()}  # fmt: skip
+        tensors = [dict(made_in=label[0], operation=label[1], shape=label[2], dtype=label[3], bytes=size)
+                   for label, size in made_of[:8]]  # fmt: skip
+        return held | dict(peak=watch.peak, phase=watch.peak_phase, largest=tensors)
+
+
+def measured(config, sequences, recompute):
+    """Peak bytes of a step on this GPU."""
+    model, optimizer = prepare(config, None, recompute)
+    train_step(model, optimizer, sequences, 2)
+    torch.cuda.reset_peak_memory_stats()
+    train_step(model, optimizer, sequences, 2)
+    return torch.cuda.max_memory_allocated()
 
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs that share a run (%(default)s)")
+    parser.add_argument("--gpus", type=int, default=8, help="that --shard splits a run over (%(default)s)")
     parser.add_argument("--gigabytes", type=float, default=80, help="memory of each, in GiB (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens a micro-batch (%(default)s)")
+    parser.add_argument("--sequences", type=int, default=16, help="of a micro-batch (%(default)s)")
     parser.add_argument("--scales", nargs="+", default=[s for s in SCALES if s != "tiny"], choices=list(SCALES))
-    parser.add_argument("--results", default=RESULTS, help="folder for memory.json; empty for none")
+    parser.add_argument("--results", default=RESULTS, help="folder for memory.json and memory.md; empty for none")
     args = parser.parse_args(argv)
-    for name in ("gpus", "gigabytes", "tokens"):
-        if not getattr(args, name) > 0:
-            raise BadInput(f"--{name}={getattr(args, name)} must be above 0")
+    for name, least in dict(gpus=2, gigabytes=1, sequences=1).items():
+        if not getattr(args, name) >= least:
+            raise BadInput(f"--{name}={getattr(args, name)} must be at least {least}")
+    if WHY_NOT:
+        raise BadInput(WHY_NOT)
     cuda = torch.cuda.is_available()
-    results = {}
-    columns = ("weights", "gradients", "optimizer", "activations", "pool's gradient", "exchange", "peak")
-    print(f"GiB a GPU, {args.gpus} GPUs, {args.tokens:,} tokens a micro-batch\n")
-    print(
-        "| scale | flags | "
-        + " | ".join(columns)
-        + f" | fits {args.gigabytes:g} GiB |"
-        + (" measured |" if cuda else "")
-    )
-    print("|" + "---|" * (3 + len(columns) + cuda))
-    for scale in args.scales:
+    heads = ["scale, flags", *MADE_IN, "peak", "in", f"room in {args.gigabytes:g} GiB", *["measured"] * cuda]
+    lines, results = [" | ".join(["", *heads, ""]).strip(), "|" + "---|" * len(heads)], {}
+    rows = list(itertools.product(args.scales, (False, True), (False, True)))
+    for scale, sharded, recompute in tqdm(rows, unit="row"):
         config = UniPoolConfig.from_scale(scale)
-        activations = activation_bytes(config)
-        for shard in (False, True):
-            for recompute in (False, True):
-                held = parts(config, activations[recompute], args.tokens, args.gpus, shard)
-                fits = held["peak"] < USABLE * args.gigabytes * GIB
-                if cuda and fits and not shard:
-                    held["measured"] = measured(config, args.tokens, recompute)
-                    gc.collect()
-                    torch.cuda.empty_cache()
-                flags = " ".join(f for f, on in (("--shard", shard), ("--recompute", recompute)) if on) or "none"
-                results[f"{scale} {flags}"] = held
-                cells = [f"{held[c] / GIB:.1f}" for c in columns] + ["yes" if fits else "no"]
-                cells += [f"{held['measured'] / GIB:.1f}"] if "measured" in held else []
-                print(f"| {scale} | {flags} | " + " | ".join(cells) + " |")
+        held = simulated(config, args.sequences, args.gpus if sharded else 1, recompute)
+        has_room = held["peak"] <= ROOM * args.gigabytes * GIB
+        if cuda and has_room and not sharded:
+            gc.collect()
+            torch.cuda.empty_cache()
+            held["measured"] = measured(config, args.sequences, recompute)
+        name = " ".join([scale, *["--shard"] * sharded, *["--recompute"] * recompute])
+        cells = [f"{held[part] / GIB:.1f}" for part in [*MADE_IN, "peak"]] + [
+            held["phase"],
+            "yes" if has_room else "no",
+        ]
+        cells += [f"{held['measured'] / GIB:.1f}" if "measured" in held else ""] * cuda
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        results[name] = held
+    about = machine(torch.device("cuda" if cuda else "cpu"))
+    text = (f"GiB of one GPU; {args.gpus} GPUs where --shard; micro-batches of {args.sequences} sequences; simulated, "
+            f"not measured\n\n" + "\n".join(lines) + "\n")  # fmt: skip
+    print(text)
     if str(args.results):
-        about = machine(torch.device("cuda" if cuda else "cpu"))
-        settings = vars(args) | dict(results="")
-        save_result(args.results, "memory", "memory", argv, about, settings=settings, bytes=results)
+        save_result(args.results, "memory", "memory", argv, about, bytes=results)
+        (Path(args.results) / "memory.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,215 @@
+"""A GPU that is not there: the CUDA path on fake tensors, which have a shape, a dtype and a layout but no numbers.
+
+Real are the operations, the memory they hold, and whether the host would wait for the GPU: reading a number of a fake
+tensor raises. Not in it: fragments of the caching allocator, workspaces of cuBLAS, buffers of NCCL. Where torch finds
+no GPU this leans on torch's insides, so it is for one version of torch, on Linux x86-64, in a process of its own.
+"""
+
+import collections
+import contextlib
+import ctypes
+import platform
+import sys
+import weakref
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unipool import norm_router_scale
+
+TORCH = "2.13"
+WHY_NOT = (
+    None
+    if torch.cuda.is_available() or (torch.__version__.startswith(TORCH) and sys.platform == "linux"
+                                     and platform.machine() == "x86_64")
+    else f"a GPU can be imitated with torch {TORCH} on Linux x86-64 only"
+)  # fmt: skip
+
+
+def pretend_cuda():
+    """Give autograd a device guard for CUDA, and CUDA's hooks a "yes, it is built" and a "yes, it has a context"."""
+    if torch.cuda.is_available() or hasattr(pretend_cuda, "keep"):
+        return
+    CUDA, PRIVATE = 1, 20  # c10::DeviceType
+
+    class Guard(torch._C._acc.DeviceGuard):
+        def type_(self):
+            return torch._C._autograd.DeviceType.CUDA
+
+    libs = Path(torch.__file__).parent / "lib"
+    name = "_ZN3c104impl26device_guard_impl_registryE"
+    registry = (ctypes.c_void_p * 22).in_dll(ctypes.CDLL(str(libs / "libc10.so")), name)
+    guard = Guard()
+    torch._C._acc.register_python_privateuseone_device_guard(guard)  # the one kind of device that Python may define ...
+    registry[CUDA], registry[PRIVATE] = registry[PRIVATE], None  # ... moved to CUDA's place
+    get_hooks = ctypes.CDLL(str(libs / "libtorch_cpu.so"))._ZN2at6detail12getCUDAHooksEv
+    get_hooks.restype = ctypes.c_void_p
+    hooks = ctypes.c_void_p.from_address(get_hooks())  # an object begins with the address of its virtual functions
+    table = (ctypes.c_void_p * 82)(*(ctypes.c_void_p * 82).from_address(hooks.value - 16))  # which follow two words
+    is_built = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(lambda this: True)
+    has_context = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda this, index: True)
+    for place, function in ((2, is_built), (4, has_context)):
+        table[2 + place] = ctypes.cast(function, ctypes.c_void_p).value
+    hooks.value = ctypes.addressof(table) + 16
+    pretend_cuda.keep = guard, is_built, has_context, table
+
+
+def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """What a CUDA build chooses on an H100; a CPU build knows only "math". Raises where CUDA would have nothing else."""
+    if not (q.dtype == k.dtype == v.dtype and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and attn_mask is None):
+        raise AssertionError("this attention has no fused kernel")
+    if q.dtype == torch.float32:
+        if enable_gqa or q.size(1) != k.size(1):
+            raise AssertionError("fp32 attention with grouped queries has no fused kernel")
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p, is_causal)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Keeps what a CUDA build's fused kernel keeps; a CPU build has none for CUDA, and would keep more."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class FakeStream:
+    """Also stands for an event."""
+
+    device, stream_id, device_index, device_type = torch.device("cuda", 0), 0, 0, 1
+
+    def __init__(self, *_, **__): ...
+    def wait_event(self, event): ...
+    def wait_stream(self, stream): ...
+    def wait(self, *_): ...
+    def synchronize(self): ...
+    def record(self, *_): ...
+    def record_event(self, event=None):
+        return event or self
+
+
+@contextlib.contextmanager
+def fake_gpu(config, world_size=1, bf16=True):
+    """Within it tensors are fake, and "cuda" is a device. Yields the mesh of world_size fake processes if more than one."""
+    if config.n_expert and config.router == "norm":  # needs real numbers; functools.cache keeps it
+        norm_router_scale(config.experts_per_pool, config.top_k)
+    pretend_cuda()
+    patch = mock.patch.object
+    with contextlib.ExitStack() as stack:
+        enter, mesh = stack.enter_context, None
+        enter(patch(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16))
+        enter(patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
+        enter(patch(F, "scaled_dot_product_attention", fused_attention))
+        enter(patch(F, "rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)))
+        if world_size > 1:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            one = FakeStream()
+            streams = dict(
+                Stream=FakeStream, Event=FakeStream, stream=lambda _: contextlib.nullcontext(),
+                current_stream=lambda device=None: one, default_stream=lambda device=None: one,
+                current_device=lambda: 0, device_count=lambda: world_size, set_device=lambda _: None,
+                is_initialized=lambda: True,
+            )  # fmt: skip
+            for name, value in streams.items():
+                enter(patch(torch.cuda, name, value))
+            enter(patch(torch.Tensor, "record_stream", lambda self, stream: None))
+            dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+            stack.callback(dist.destroy_process_group)
+            mesh = dist.init_device_mesh("cuda", (world_size,))
+        enter(FakeTensorMode())
+        yield mesh
+
+
+class Watch(TorchDispatchMode):
+    """Counts the GPU's live bytes by storage, in blocks of 512 as the caching allocator, and looks at grouped products.
+
+    phase: what the caller says it is at. products: (shape of a, of b, is it fast?) of each grouped product.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.live, self.products = "", {}, []
+        self.reset()
+
+    def reset(self):
+        self.now = self.peak = sum(size for size, _ in self.live.values())
+        self.peak_phase, self.at_peak = self.phase, None
+
+    def __enter__(self):
+        self.patches = contextlib.ExitStack()
+        for name in ("alloc_storage", "free_storage"):  # FSDP gives and takes the memory of gathered weights by these
+            self.patches.enter_context(mock.patch.object(fsdp_param, name, self.resizing(getattr(fsdp_param, name))))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.close()
+        return super().__exit__(*error)
+
+    def resizing(self, function):
+        def resize(tensor):
+            function(tensor)
+            storage = tensor.untyped_storage()
+            if storage._cdata in self.live:
+                label = self.live[storage._cdata][1]
+                self.forget(storage._cdata)
+                self.live[storage._cdata] = (0, label)
+                self.grow(storage._cdata, tensor.numel() * tensor.itemsize if function.__name__[0] == "a" else 0)
+
+        return resize
+
+    def grow(self, key, size):
+        label = self.live.get(key, (0, None))[1] or self.label
+        self.live[key] = (size, label)
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.peak_phase, self.at_peak = self.now, self.phase, None
+
+    def forget(self, key):
+        if self.now == self.peak and self.at_peak is None:  # only now is it known that this was the peak
+            self.at_peak = dict(self.live)
+        self.now -= self.live.pop(key)[0]
+
+    def made_of(self):
+        """[(what, bytes)] at the peak, the largest first; what: the phase, operation, shape and dtype that made it."""
+        total = collections.Counter()
+        for size, label in (self.at_peak or self.live).values():
+            total[label] += size
+        return total.most_common()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t.__name__ == "DTensor" for t in types):
+            return NotImplemented  # comes here again as operations on local tensors
+        out = func(*args, **kwargs or {})
+        name = func._schema.name.split("::")[1]
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.label = (self.phase, name, tuple(tensor.shape), str(tensor.dtype)[6:])
+                    weakref.finalize(storage, self.forget, storage._cdata)
+                    self.grow(storage._cdata, -(-storage.nbytes() // 512) * 512)
+        if name == "_grouped_mm":
+            a, b = args[:2]
+            self.products.append((tuple(a.shape), tuple(b.shape), is_fast(a, out) and is_fast(b, out)))
+        return out
+
+
+def is_fast(x, out):
+    """Whether grouped_mm's kernel for Hopper takes x: bf16 in and out, one dimension dense, the others in 16 bytes."""
+    strides = sorted(x.stride())
+    steps = [s * x.element_size() for s in strides[1:]]
+    return x.dtype == out.dtype == torch.bfloat16 and strides[0] == 1 and not any(step % 16 for step in steps)
