@@ -581,10 +581,12 @@ def product_dtype(weight):
 def one_token_ffn(x, gates, experts, weights):
     """pool_ffn for one token without a gradient, as in decoding: only the weights of the experts that serve it."""
     gate_up, down = weights
-    x, y, f = x.to(down.dtype), torch.zeros_like(x, dtype=torch.float32), gates.new_zeros(len(down))
+    x, f = x.to(down.dtype), gates.new_zeros(len(down))
+    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
     for gate, i in zip(gates[0].tolist(), experts[0].tolist()):
         if gate > 0:
-            y, f[i] = y + gate * (swiglu(x @ gate_up[i]) @ down[i]).float(), f[i] + 1 / gates.numel()
+            y += gate * (swiglu(x @ gate_up[i]) @ down[i]).to(y.dtype)
+            f[i] += 1 / gates.numel()
     return y, f
 
 

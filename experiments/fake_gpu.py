@@ -62,7 +62,7 @@ def pretend_cuda():
 
 
 def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """What a CUDA build chooses on an H100; a CPU build knows only "math". Raises where CUDA would have nothing else."""
+    """What a CUDA build chooses on an H100; a CPU build knows only "math". Raises where CUDA knows no other."""
     if not (q.dtype == k.dtype == v.dtype and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and attn_mask is None):
         raise AssertionError("this attention has no fused kernel")
     if q.dtype == torch.float32:
@@ -103,7 +103,7 @@ class FakeStream:
 
 @contextlib.contextmanager
 def fake_gpu(config, world_size=1, bf16=True):
-    """Within it tensors are fake, and "cuda" is a device. Yields the mesh of world_size fake processes if more than one."""
+    """Within it tensors are fake, and there is a "cuda". Yields the mesh of the fake processes, if more than 1."""
     if config.n_expert and config.router == "norm":  # needs real numbers; functools.cache keeps it
         norm_router_scale(config.experts_per_pool, config.top_k)
     pretend_cuda()

@@ -1,4 +1,4 @@
-"""What one GPU must hold, for each scale: a training step on fake tensors (fake_gpu.py); on a real GPU, where there is one.
+"""What one GPU must hold, for each scale: a training step on fake tensors (fake_gpu.py), or on a GPU that is there.
 
     python -m experiments.memory                                       # all scales, --shard on 8 GPUs, 16 sequences
     python -m experiments.memory --scales 978m --sequences 32 --gpus 16

@@ -90,7 +90,7 @@ class Statistics:
         served, even = f.sum(dim=1), 1 / c.experts_per_pool  # (L,)
         own = torch.stack([f_l[first : first + c.experts_per_pool] for f_l, first in zip(f, self.first_expert)])
         shares = f / served.clamp(min=1e-300)[:, None]
-        load = f.sum(dim=0) / f.mean()  # (n_expert,), 1 is the mean
+        load = f.sum(dim=0) / f.sum(dim=0).mean()  # (n_expert,), 1 is the mean
         # Drawn evenly and independently, an expert of a pool is missed by all of its layers with this probability.
         missed = (1 - served * c.top_k * even).view(c.n_pool, -1).prod(dim=1)  # (G,)
         visits = served.sum().item() * c.top_k  # that serve a token, on average
