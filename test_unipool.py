@@ -1152,7 +1152,7 @@ def test_cache_gives_the_full_forward_pass():
     model = small_model()
     idx = random_tokens(model.config)
     full = model(idx).logits
-    caches = [unipool.KVCache(3, model.config, idx.device, torch.float32) for _ in model.blocks]
+    caches = [[] for _ in model.blocks]
     pieces = [model.trunk(idx[:, :6], caches)[0]] + [model.trunk(idx[:, t : t + 1], caches)[0] for t in range(6, 16)]
     torch.testing.assert_close(model.head(torch.cat(pieces, dim=1)), full, rtol=1e-4, atol=1e-5)
 
@@ -1162,21 +1162,19 @@ def test_one_token_touches_only_the_chosen_experts_weights(top_k):
     """The others are not a number: one product with them would show."""
     model = small_model(top_k=top_k)
     idx = random_tokens(model.config, batch=1, length=6)
-    caches = [unipool.KVCache(1, model.config, idx.device, torch.float32) for _ in model.blocks]
+    caches = [[] for _ in model.blocks]
     with torch.no_grad():
         expected = model(idx).logits[:, -1]
         model.trunk(idx[:, :5], caches)
-        for cache in caches:
-            assert cache.length == 5
+        assert all(k.shape == v.shape == (1, 2, 5, 8) for k, v in caches)
+        filled = [list(cache) for cache in caches]
         _, f, _ = model.trunk(idx[:, 5:], caches)
         assert ((f > 0).sum(dim=1) == (f.sum(dim=1) * top_k).round()).all() and f.sum() > 2
         unused = f.sum(dim=0) == 0
         assert unused.any(), "the test needs experts that no layer chose"
         for p in model.pools[0].parameters():
             p[unused] = torch.nan
-        for cache in caches:
-            cache.length = 5
-        x, _, _ = model.trunk(idx[:, 5:], caches)
+        x, _, _ = model.trunk(idx[:, 5:], filled)
     torch.testing.assert_close(model.head(x[:, -1]), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -1215,7 +1213,7 @@ def test_generation_refuses_an_empty_prompt_and_forward_a_long_one():
         model.generate(torch.zeros(1, 0, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="block_size=16"):
         model(random_tokens(model.config, length=17))
-    caches = [unipool.KVCache(2, model.config, torch.device("cpu"), torch.float32) for _ in model.blocks]
+    caches = [[] for _ in model.blocks]
     idx = random_tokens(model.config, batch=2)
     model.trunk(idx[:, :5], caches)
     with pytest.raises(ValueError, match="one at a time"):  # the causal mask would be that of the first tokens

@@ -619,7 +619,7 @@ def run(argv):
                 pool.keep_copies = not last  # the next micro-batch finds the same weights
         if world_size > 1:
             # The pool's gradient is complete only when the backward pass ends: nothing is left to overlap with.
-            gradients = [] if sharded else [p.grad for p in model.parameters()]
+            gradients = [] if sharded else [p.grad for p in model.parameters() if p.grad is not None]
             for tensor in (losses, routing, *gradients):
                 dist.all_reduce(tensor)
             losses, (usage, scores) = losses / world_size, routing / world_size

@@ -80,22 +80,20 @@ class UniPoolConfig:
 
     @classmethod
     def from_scale(cls, scale, arch="unipool", **overrides):
-        """The paper's configuration of one scale and architecture; `overrides` are fields that win over it.
+        """The paper's configuration of a scale, a key of SCALES; `overrides` are fields that win over it.
 
-        scale: a key of SCALES. arch: "unipool" (one pool, NormRouter, pool loss), "vanilla" (8 private experts a layer,
-        softmax router, layer loss) or "dense" (one FFN a layer).
+        arch: "unipool" (one pool, NormRouter, pool loss), "vanilla" (8 private experts a layer, softmax, layer loss) or
+        "dense" (one FFN a layer).
         """
-        if scale not in SCALES:
-            raise ValueError(f"scale={scale!r} is unknown: choose from {', '.join(SCALES)}")
-        if arch not in ARCHS:
-            raise ValueError(f"arch={arch!r} is unknown: choose from {', '.join(ARCHS)}")
+        for name, value, known in (("scale", scale, SCALES), ("arch", arch, ARCHS)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(known)}")
         if arch == "dense" and overrides.get("n_expert"):
             raise ValueError(f"n_expert={overrides['n_expert']} contradicts arch='dense', which has no experts")
-        given = SCALES[scale] | overrides
-        n_layer, n_embd = given.get("n_layer", cls.n_layer), given.get("n_embd", cls.n_embd)
-        preset = dict(n_hidden=4 * n_embd, n_expert=8 * n_layer)
+        given = dict(n_layer=cls.n_layer, n_embd=cls.n_embd) | SCALES[scale] | overrides
+        preset = dict(n_hidden=4 * given["n_embd"], n_expert=8 * given["n_layer"])
         if arch == "vanilla":
-            preset |= dict(n_pool=n_layer, router="softmax", balance="layer")
+            preset |= dict(n_pool=given["n_layer"], router="softmax", balance="layer")
         if arch == "dense":
             preset |= dict(n_expert=0, balance="none")
         fields = SCALES[scale] | preset | overrides
@@ -109,12 +107,10 @@ class UniPoolConfig:
                 values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
                 raise ValueError(f"{values}: {rule}")
 
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "n_pool"):
-            check(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("balance_coef", "bias_rate", "norm_eps", "init_std"):
+        for name in "block_size vocab_size n_layer n_head n_kv_head n_embd n_hidden n_pool rope_base".split():
+            check(1 <= getattr(self, name) < math.inf, name, "must be a number of at least 1")
+        for name in "n_expert balance_coef bias_rate norm_eps init_std".split():
             check(0 <= getattr(self, name) < math.inf, name, "must be a number of at least 0")
-        check(1 <= self.rope_base < math.inf, "rope_base", "must be a number of at least 1")
-        check(self.n_expert >= 0, "n_expert", "must be 0 (a dense model) or more")
         check(self.router in ROUTERS, "router", f"choose from {', '.join(ROUTERS)}")
         check(self.balance in BALANCES, "balance", f"choose from {', '.join(BALANCES)}")
         check(self.n_embd % self.n_head == 0, "n_embd n_head", "n_head must divide n_embd: heads are equally wide")
@@ -128,7 +124,7 @@ class UniPoolConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention: RoPE, grouped queries, and a cache of keys and values for generation
+# Attention: RoPE and grouped queries
 
 
 def rope_table(block_size, head_dim, base):
@@ -148,23 +144,6 @@ def apply_rope(x, rope):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """One layer's keys and values of the tokens seen so far, in tensors allocated once."""
-
-    def __init__(self, batch_size, config, device, dtype):
-        shape = (batch_size, config.n_kv_head, config.block_size, config.head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def append(self, k, v):
-        """Add the keys and values (B, n_kv_head, T, D) of T new tokens; return those of all tokens so far."""
-        start, self.length = self.length, self.length + k.size(2)
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
-
-
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped queries."""
 
@@ -175,13 +154,17 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rope, cache=None):
-        """x: (B, T, C), rope: (2, T, D/2) of these T positions -> (B, T, C). With a cache, T > 1 only to fill it."""
+        """x: (B, T, C), rope: (2, T, D/2) of these T positions -> (B, T, C).
+
+        cache: a list of the keys and the values (B, n_kv_head, T, D) of the tokens before, to which these are added; or
+        an empty list.
+        """
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 * n_kv_head, T, D)
-        qk, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=1)
-        q, k = apply_rope(qk, rope).split([self.n_head, self.n_kv_head], dim=1)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] or [k, v]
         if q.is_cuda and q.dtype == torch.float32:  # there no fused attention takes groups
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         # A single new token may look at everything before it, so only longer inputs need the causal mask.
@@ -253,11 +236,10 @@ ROUTERS = {"norm": NormRouter, "softmax": SoftmaxRouter, "sigmoid": SigmoidRoute
 
 @functools.cache
 def norm_router_scale(n_expert, top_k):
-    """The constant c of NormRouter, a float (Eq. 12): E[ 1 / ||top-k of ReLU(x / ||x||)||_2 ], x ~ N(0, I_M).
+    """The constant c of NormRouter (Eq. 12): E[ 1 / ||top-k of ReLU(x / ||x||)||_2 ], x ~ N(0, I_M), over fixed draws.
 
-    The mean over fixed draws, made finite for every M and k: with few experts a draw can have no positive entry (left
-    out), or only tiny ones (the norm is bounded below by a tenth of sqrt(k/M), the norm of k entries of average size).
-    From M = 24 on this touches no draw.
+    Finite for every M and k: a draw without a positive entry is left out, and the norm is bounded below by a tenth of
+    sqrt(k/M), the norm of k entries of average size. From M = 24 on this touches no draw.
     """
     x = torch.randn(2**15, n_expert, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
     top = F.relu(F.normalize(x)).topk(top_k).values  # (draws, k)
@@ -443,11 +425,11 @@ class UniPool(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def trunk(self, idx, caches=None):
-        """Everything but the head. idx: (B, T) int64; caches: a KVCache a layer: T tokens fill it, then one at a time.
+        """Everything but the head. idx: (B, T) int64; caches: a list a layer: T tokens fill it, then one at a time.
 
         Returns x (B, T, C) after the final norm, f (L, M) and P (L, M).
         """
-        start = caches[0].length if caches else 0
+        start = caches[0][0].size(2) if caches and caches[0] else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}: crop idx")
@@ -545,7 +527,7 @@ class UniPool(nn.Module):
             raise ValueError(f"temperature={temperature} must not be negative and top_k={top_k} at least 1")
         block_size = self.config.block_size
         idx = new = idx[:, -block_size:]  # new: the tokens that the model has not seen yet
-        caches = [KVCache(len(idx), self.config, idx.device, self.head.weight.dtype) for _ in self.blocks]
+        caches = [[] for _ in self.blocks]
         for _ in range(max_new_tokens):
             x, _, _ = self.trunk(new, caches)
             logits = self.head(x[:, -1]).float()[:, :n_vocab]  # (B, V)
