@@ -3241,17 +3241,21 @@ def test_help_of_experiments(module, capsys):
 
 
 def test_readme_points_at_the_lines_it_names():
-    """Every `unipool.py#L123` of the README stands beside a `code` that is on that line of that file."""
+    """Each [`code`](file#L12) in the README names the one line with that code; UPDATE_README=1 corrects the numbers."""
     readme = (HERE / "README.md").read_text()
-    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", readme)
-    assert len(links) >= 12, "the map from equations to lines is missing"
-    moved = []
-    for code, file, number in links:
-        lines = (HERE / file).read_text().splitlines()
-        actual = [n for n, line in enumerate(lines, start=1) if code in line]
-        if actual != [int(number)]:
-            moved.append(f"{code} is on line {actual} of {file}, not {number}")
-    assert not moved, "correct these links of the README:\n" + "\n".join(moved)
+
+    def correct(link):
+        code, file, _ = link.groups()
+        numbers = [n for n, line in enumerate((HERE / file).read_text().splitlines(), start=1) if code in line]
+        assert len(numbers) == 1, f"{code} of the README is on lines {numbers} of {file}: name what stands there once"
+        return f"[`{code}`]({file}#L{numbers[0]})"
+
+    corrected, links = re.subn(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", correct, readme)
+    assert links >= 12, "the map from equations to lines is missing"
+    if os.environ.get("UPDATE_README"):
+        (HERE / "README.md").write_text(corrected)
+    else:
+        assert corrected == readme, "lines have moved: UPDATE_README=1 pytest -k readme"
 
 
 def test_readme_flags_exist():
