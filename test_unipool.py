@@ -2410,7 +2410,7 @@ def test_out_dir_that_is_a_file(text_data, capsys, tmp_path):
 def test_batch_not_divisible_by_processes(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    fails(capsys, train.main, ["--batch_size=8"], "--batch_size=8", "3 processes", touching=tmp_path)
+    fails(capsys, train.main, ["--batch_size=8"], "--batch_size=8", "3 process(es)", touching=tmp_path)
 
 
 def damage(name, folder):

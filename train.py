@@ -13,6 +13,7 @@ Every field of UniPoolConfig is a flag too: --n_pool=6 shares each pool among a 
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -31,8 +32,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from prepare_pile import SOURCES, BadInput, Parser, Taken, TokenData, prepare, read_meta, run_command
@@ -115,9 +117,9 @@ def parse_flags(argv):
 
 def settle(given, saved):
     """Settings and UniPoolConfig from the given flags and, on resuming, the checkpoint (else None). Raises BadInput."""
-    model_fields = {f.name for f in fields(UniPoolConfig)}
-    model_flags = {name: value for name, value in given.items() if name in model_fields}
-    own_flags = {name: value for name, value in given.items() if name not in model_fields}
+    out_dir = given.get("out_dir", Settings.out_dir)
+    model_flags = {name: given[name] for name in given if name in UniPoolConfig.__dataclass_fields__}
+    own_flags = {name: given[name] for name in given if name not in model_flags}
     try:
         if saved is None:
             recipe = TINY if given.get("scale", Settings.scale) == "tiny" else {}
@@ -132,14 +134,15 @@ def settle(given, saved):
             for name, value in given.items():
                 if name in fixed and value != fixed[name]:
                     raise BadInput(
-                        f"--{name}={value}, but the checkpoint in {given.get('out_dir', Settings.out_dir)} was trained "
-                        f"with {name}={fixed[name]}: leave the flag out, or start a new run in another --out_dir"
+                        f"--{name}={value}, but the checkpoint in {out_dir} was trained with {name}="
+                        f"{fixed[name]}: leave the flag out, or start a new run in another --out_dir"
                     )
             settings = Settings(**(saved["settings"] | own_flags))
             config = UniPoolConfig(**saved["config"])
     except (ValueError, TypeError, KeyError) as error:
-        path = f"{given.get('out_dir', Settings.out_dir)}/ckpt.pt"
-        raise BadInput(f"{path} does not fit this code, or is damaged: {error}" if saved else error) from None
+        raise BadInput(
+            f"{out_dir}/ckpt.pt does not fit this code, or is damaged: {error}" if saved else error
+        ) from None
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
@@ -147,21 +150,40 @@ def settle(given, saved):
     return settings, config
 
 
+def split_batch(settings, config, world_size):
+    """(sequences of a process's micro-batch, micro-batches of a step). Raises BadInput."""
+    per_process, rest = divmod(settings.batch_size, world_size)
+    size = settings.micro_batch_size
+    if size is None and not rest:
+        most = max(1, LARGEST_MICRO_BATCH // config.block_size)
+        size = max(n for n in range(1, most + 1) if per_process % n == 0)
+    if rest or per_process % size:
+        each = "" if size is None else f" x --micro_batch_size={size}"
+        raise BadInput(
+            f"--batch_size={settings.batch_size} is not divisible by {world_size} process(es){each}: give a "
+            f"multiple of {world_size * (size or 1)}"
+        )
+    return size, per_process // size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device, data, and the rate of learning
+
+
 def find_device(name):
     """The torch.device of that name; None is the best there is; "cuda" under torchrun is this process's own GPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if "LOCAL_RANK" in os.environ and ":" in name:
+        raise BadInput(f"--device={name} would put every process on one device: give cuda")
     try:
-        own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = torch.device(own_gpu if name == "cuda" else name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("no such kind of device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise BadInput(f"--device={name} cannot be used here ({reason}): give cuda, cuda:N, mps or cpu") from None
-    if "LOCAL_RANK" in os.environ and ":" in name:
-        raise BadInput(f"--device={name} would put every process on one device: give cuda")
     return device
 
 
@@ -300,34 +322,32 @@ def check_tokenizer(data_dir, meta, checkpoint, path):
         )
 
 
-def load_optimizer(optimizer, saved):
-    """Load an optimizer's state_dict of whole tensors; each process takes its shard where parameters are sharded."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(params) != len(saved["state"]):
-        raise ValueError(f"it has {len(saved['state'])} parameters, the model {len(params)}")
-    for p, state in zip(params, saved["state"].values()):
-        if isinstance(p, DTensor):
-            for name, value in state.items():
-                if value.shape == p.shape:  # not the count of steps
-                    state[name] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-    optimizer.load_state_dict(saved)
+def restore(model, optimizer, saved, path):
+    """Load weights and optimizer state, each process its shard where they are sharded. Raises BadInput.
 
-
-def snapshot(value, keep, copy):
-    """The same dicts and lists with every tensor whole and on the CPU, so that a thread can write them.
-
-    Sharded tensors are gathered, which all processes must do together; those that do not `keep` them get None.
-    copy: also what is on the CPU already, because training will change it.
+    The optimizer's settings stay those of this run's flags.
     """
-    if isinstance(value, dict):
-        return {key: snapshot(v, keep, copy) for key, v in value.items()}
-    if isinstance(value, list):
-        return [snapshot(v, keep, copy) for v in value]
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=copy) if keep else None
-    return value
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                       options=StateDictOptions(full_state_dict=True))  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(
+            f"{path}: its weights or optimizer state are damaged ({reason}): use another checkpoint"
+        ) from None
+    for group, settings in zip(optimizer.param_groups, own):
+        group.update(settings)
+
+
+def snapshot(model, optimizer, in_use):
+    """{"model", "optimizer"}: whole tensors on the CPU, in the first process; all others must call it too, and get {}.
+
+    in_use: training goes on, so what is on the CPU already must be copied.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options)))
+    return copy.deepcopy(state) if in_use and next(model.parameters()).device.type == "cpu" else state
 
 
 def save_checkpoint(out_dir, contents, keep, is_best):
@@ -414,6 +434,11 @@ def peak_flops(device):
     return next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
+def whole(tensor):
+    """The tensor, gathered if it is split over the processes; then all of them must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def pool_utilisation(usage, n_pool):
     """(effective share of experts, experts that serve nothing) from usage (L, M), the f of each layer.
 
@@ -437,7 +462,7 @@ def routing_figures(model, usage, scores):
     figures["score_sum"] = scores.sum(dim=1).tolist()
     if model.config.router == "norm":
         sigmas = torch.cat([block.router.sigma.detach() for block in model.blocks])
-        figures["sigma"] = (sigmas.full_tensor() if isinstance(sigmas, DTensor) else sigmas).tolist()
+        figures["sigma"] = whole(sigmas).tolist()
     return figures
 
 
@@ -473,62 +498,40 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
 
 
 def run(argv):
+    # ---- Flags, device, data. torchrun sets these variables, one process has none of them.
     given = parse_flags(argv)
-    # torchrun sets these variables, one process has none of them.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     is_main = rank == 0
     out_dir = Path(given.get("out_dir", Settings.out_dir))
-    saved, ckpt_path, damaged = None, None, []
-    if given.get("resume"):
-        saved, ckpt_path, damaged = load_newest(out_dir, mmap=world_size > 1)
+    resuming = given.get("resume", False)
+    saved, ckpt_path, damaged = load_newest(out_dir, mmap=world_size > 1) if resuming else (None, None, [])
     settings, config = settle(given, saved)
-
-    # ---- Batch and device
-    if settings.batch_size % world_size:
-        raise BadInput(
-            f"--batch_size={settings.batch_size} is not divisible by the {world_size} processes: "
-            f"give a multiple of {world_size}"
-        )
-    per_process = settings.batch_size // world_size
-    micro_batch_size = settings.micro_batch_size
-    if micro_batch_size is None:
-        most = max(1, LARGEST_MICRO_BATCH // config.block_size)
-        micro_batch_size = max(n for n in range(1, most + 1) if per_process % n == 0)
-    if per_process % micro_batch_size:
-        raise BadInput(
-            f"--batch_size={settings.batch_size} is not divisible by {world_size} process(es) x "
-            f"--micro_batch_size={micro_batch_size} = {world_size * micro_batch_size}: give a multiple of that"
-        )
-    accumulation = per_process // micro_batch_size
+    micro_batch_size, accumulation = split_batch(settings, config, world_size)
     device = find_device(settings.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-    # ---- Data
     data_dir = settings.data_dir = str(find_data(settings, device))
     meta = read_meta(data_dir, config.vocab_size)
-    if saved is not None:
+    if resuming:
         check_tokenizer(data_dir, meta, saved, ckpt_path)
-    train_data = TokenData(data_dir, "train", meta, config.block_size, config.vocab_size)
-    val_data = TokenData(data_dir, "val", meta, config.block_size, config.vocab_size)
-
-    # ---- Model and optimizer
+    train_data, val_data = (
+        TokenData(data_dir, split, meta, config.block_size, config.vocab_size) for split in ("train", "val")
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world_size > 1:  # after all that can be wrong with the flags and the data, which one process then reports
         backend, own_device = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         timeout = timedelta(minutes=10)
         dist.init_process_group(backend, device_id=own_device, timeout=timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)  # to agree on something without waiting for the GPU
+
+    # ---- Model and optimizer
     torch.manual_seed(settings.seed)
-    if saved is None:
-        try:
-            with torch.device(device):
-                model = UniPool(config).to(device)
-        except (RuntimeError, MemoryError) as error:
-            raise BadInput(
-                f"--scale={settings.scale}: no room for the model on {device} ({error}): a smaller one"
-            ) from None
-    else:
-        model = load_model(saved, ckpt_path, device)
+    try:
+        with torch.device(device):
+            model = UniPool(config).to(device)
+    except (RuntimeError, MemoryError) as error:
+        raise BadInput(
+            f"--scale={settings.scale}: no room for the model on {device} ({error}): a smaller one"
+        ) from None
     model.recompute, model.one_pass = settings.recompute, settings.one_pass
     sharded = settings.shard and world_size > 1
     if sharded:
@@ -539,15 +542,13 @@ def run(argv):
     step = position = 0  # optimizer steps done, training sequences seen
     skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped: in all, and the last ones in a row
     best = math.inf  # lowest validation loss
-    if saved is not None:
-        try:
-            load_optimizer(optimizer, saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-            step, position, best = int(saved["step"]), int(saved["position"]), float(saved["best"])
-            skipped += torch.tensor(saved["skipped"], device=device)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise BadInput(f"{ckpt_path}: its optimizer state is damaged ({error}): use another checkpoint") from None
+    if resuming:
+        restore(model, optimizer, saved, ckpt_path)
+        torch.set_rng_state(saved["rng"])
+        step, position, best = saved["step"], saved["position"], saved["best"]
+        skipped += torch.tensor(saved["skipped"], device=device)
         del saved
+    first_step = step
     use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = torch.compile(model) if use_compile else model
 
@@ -558,7 +559,7 @@ def run(argv):
             out_dir.mkdir(parents=True, exist_ok=True)
             for path in damaged:
                 os.replace(path, path.with_suffix(".damaged"))
-            trim_metrics(metrics_path, step) if given.get("resume") else keep_earlier_run(out_dir)
+            trim_metrics(metrics_path, step) if resuming else keep_earlier_run(out_dir)
         except OSError as error:
             raise BadInput(f"--out_dir={out_dir} cannot be written ({error.strerror}): give another") from None
         pools = f"{config.n_expert} experts in {config.n_pool} pool(s), top-{config.top_k}"
@@ -578,7 +579,7 @@ def run(argv):
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
     window_start, window_tokens = time.perf_counter(), 0  # since the last line of the log, for tokens/s
-    compiling, warned, first_step = use_compile and is_main, False, step
+    compiling, warned = use_compile and is_main, False
     writer, writing = ThreadPoolExecutor(1), None  # the thread that writes checkpoints, and what it is at
 
     stop = []  # signals that came during the loop: it finishes the step, saves and ends; the third ends at once
@@ -601,6 +602,7 @@ def run(argv):
             group["lr"] = lr
 
         # This step's sequences are the same for any number of processes; each process takes a contiguous part.
+        per_process = micro_batch_size * accumulation
         indices = train_data.in_order(position, settings.batch_size, settings.seed)[rank * per_process :][:per_process]
         losses = torch.zeros(2, device=device)  # cross-entropy and balance loss, averaged over the micro-batches
         routing = 0.0  # usage and scores (2, L, M), likewise
@@ -625,8 +627,7 @@ def run(argv):
             losses, (usage, scores) = losses / world_size, routing / world_size
         else:
             usage, scores = routing
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-        grad_norm = grad_norm.full_tensor() if sharded else grad_norm
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf))
         # A loss or gradient that is not finite skips the step. Fused AdamW does so by itself, told in the way of
         # torch.amp.GradScaler: the loop need not wait for the GPU to know.
         bad = ~(losses.sum() + grad_norm).isfinite()
@@ -700,7 +701,7 @@ def run(argv):
         is_last = step == settings.max_steps or stopping
         if (step % settings.ckpt_interval == 0 or is_best or is_last) and skipped[0] < step:
             # The GPU's memory, or the CPU's while training goes on in it, is copied; the rest is the writer's work.
-            state = snapshot(dict(model=model.state_dict(), optimizer=optimizer.state_dict()), is_main, not is_last)
+            state = snapshot(model, optimizer, not is_last)
             kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
             state |= dict(config=asdict(config), settings=kept, tokenizer=meta["tokenizer"], step=step, best=best,
                           position=position, rng=torch.get_rng_state(), skipped=skipped.tolist())  # fmt: skip

@@ -337,7 +337,7 @@ def bench_save(device, args):
         return [t.detach().to("cpu", copy=True) for t in tensors]
 
     few = argparse.Namespace(steps=min(5, args.steps), seconds=args.seconds)
-    seconds = in_turn(dict(copy=copied, snapshot=lambda: snapshot(state, True, True)), few, "copy")
+    seconds = in_turn(dict(copy=copied, snapshot=lambda: snapshot(model, optimizer, True)), few, "copy")
     quiet, beside, writing = [], [], []
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(1) as writer:
 
@@ -354,7 +354,7 @@ def bench_save(device, args):
         for _ in tqdm(range(few.steps), desc="save", unit="round", leave=False):
             for _ in range(3):
                 timed_step(quiet)
-            future = writer.submit(write, snapshot(state, True, True))
+            future = writer.submit(write, snapshot(model, optimizer, True))
             while not future.done():
                 timed_step(beside)
             future.result()
