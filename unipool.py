@@ -774,7 +774,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             counts = target != -1
             target = torch.where(counts, target, 0)
             log_p = (x_i @ w.t()).float().log_softmax(dim=-1)
-            loss -= torch.where(counts, log_p.gather(1, target), 0).sum() / n
+            loss = loss - torch.where(counts, log_p.gather(1, target), 0).sum() / n  # torch 2.11 miscompiles `-=` here
             if with_gradient:
                 d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 d_logits = d_logits.mul_(counts / n).to(dtype)
