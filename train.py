@@ -466,6 +466,21 @@ def routing_figures(model, usage, scores):
     return figures
 
 
+def status(line):
+    """What the terminal says of a step that was evaluated, from its line of metrics.jsonl."""
+    text = "step {step}: val loss {val_loss:.4f}, train loss {train_loss:.4f}, grad norm {grad_norm:.2f}, "
+    text += "{tokens_per_second:,.0f} tokens/s" + (", MFU {mfu:.1%}" if "mfu" in line else "")
+    if "unserved" in line:
+        text += (
+            "\n  routing: balance loss {balance_loss:.3f}, utilisation {pool_utilisation:.0%}, unserved {unserved:.1%}"
+        )
+    text = text.format(**line)
+    for name in ("sigma", "score_sum"):
+        if name in line:
+            text += f", {name} {min(line[name]):.2f} to {max(line[name]):.2f}"
+    return text
+
+
 def validation_indices(data, eval_tokens, at_once=1):
     """The numbers of at least one and about eval_tokens' worth of sequences, spread evenly over the split."""
     count = max(1, min(len(data), eval_tokens // data.block_size))
@@ -680,21 +695,7 @@ def run(argv):
                 add_metrics(metrics_path, line)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
                 if evaluating:
-                    mfu = f", MFU {line['mfu']:.1%}" if peak else ""
-                    bar.write(
-                        f"step {step}: val loss {line['val_loss']:.4f}, train loss {train_loss:.4f}, "
-                        f"grad norm {line['grad_norm']:.2f}, {tokens_per_second:,.0f} tokens/s{mfu}"
-                    )
-                    if config.n_expert:
-                        by_layer = "".join(
-                            f", {name} {min(line[key]):.2f} to {max(line[key]):.2f}"
-                            for name, key in (("sigma", "sigma"), ("sum of scores", "score_sum"))
-                            if key in line
-                        )
-                        bar.write(
-                            f"  routing: balance loss {balance_loss:.3f}, pool utilisation "
-                            f"{line['pool_utilisation']:.0%}, unserved {line['unserved']:.1%}{by_layer}"
-                        )
+                    bar.write(status(line))
         bar.update()
         if writing and writing.done():
             writing.result()  # raises what went wrong in the thread
