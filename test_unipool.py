@@ -141,7 +141,7 @@ def test_every_switch_trains(router, balance, n_pool, top_k):
     assert out.usage.shape == (4, 8 // n_pool)
     served = out.usage.sum(dim=1)
     assert (served <= 1 + 1e-6).all() and (served >= (0.1 if router == "norm" else 1 - 1e-6)).all(), served
-    assert out.scores.shape == out.usage.shape
+    assert out.mean_scores.shape == out.usage.shape
     assert (out.balance_loss > 0) == (balance in ("pool", "layer"))
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), f"{name} got no finite gradient"
@@ -567,7 +567,7 @@ def test_model_loss_and_usage_against_counts(n_pool, top_k):
         [((experts == i) & (gates > 0)).sum().item() / experts.numel() for i in range(M)] for gates, experts, _ in seen
     ]
     torch.testing.assert_close(out.usage, torch.tensor(f), msg="usage must be the share of the choices that is served")
-    torch.testing.assert_close(out.scores, torch.stack([scores.mean(dim=0) for _, _, scores in seen]))
+    torch.testing.assert_close(out.mean_scores, torch.stack([scores.mean(dim=0) for _, _, scores in seen]))
     expected = 0.0
     for g in range(n_pool):  # the pool loss, summed over the pools, each over its own layers
         layers = range(g * 4 // n_pool, (g + 1) * 4 // n_pool)
@@ -834,6 +834,17 @@ def test_one_pass_with_reentrant_checkpointing(way, monkeypatch):
         torch.testing.assert_close(grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("frozen", ["gate_up", "down"])
+def test_one_pass_with_a_frozen_weight(frozen, way):
+    model = one_pass_model(way)
+    getattr(model.pools[0], frozen).requires_grad_(False)
+    other = {"gate_up": "down", "down": "gate_up"}[frozen]
+    expected = gradients(one_pass_model(way), training_loss)
+    got = gradients(model, training_loss)
+    assert f"pools.0.{frozen}" not in got
+    torch.testing.assert_close(got[f"pools.0.{other}"], expected[f"pools.0.{other}"])
+
+
 def test_weights_that_no_layer_used():
     """Only another use, say a penalty, gives a gradient then."""
     model = small_model()
@@ -1082,7 +1093,7 @@ def test_routing_figures_are_fp32_under_autocast():
     idx = random_tokens(model.config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(idx, idx, keep_logits=False)
-    assert {t.dtype for t in (out.loss, out.balance_loss, out.usage, out.scores)} == {torch.float32}
+    assert {t.dtype for t in (out.loss, out.balance_loss, out.usage, out.mean_scores)} == {torch.float32}
     rows = []
     with mock.patch.object(unipool, "pool_ffn", lambda *a, real=unipool.pool_ffn: rows.append(real(*a)) or rows[-1]):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -2635,7 +2646,8 @@ for arch in ("unipool", "vanilla", "dense"):
                 with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=name != "fp32"):
                     idx = torch.zeros(2, 128, dtype=torch.int64, device="cuda")
                     out = model.eval()(idx, idx, keep_logits=False)
-                found["dtypes"] = [str(t.dtype) for t in (losses, out.loss, out.balance_loss, out.usage, out.scores)]
+                figures = losses, out.loss, out.balance_loss, out.usage, out.mean_scores
+                found["dtypes"] = [str(tensor.dtype) for tensor in figures]
                 found["products"] = watch.products
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}"

@@ -631,7 +631,7 @@ def run(argv):
                 loss = out.loss + config.balance_coef * out.balance_loss
             (loss / accumulation / sum_of).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
-            routing = routing + torch.stack([out.usage, out.scores.detach()]) / accumulation
+            routing = routing + torch.stack([out.usage, out.mean_scores.detach()]) / accumulation
             for pool in model.pools:
                 pool.keep_copies = not last  # the next micro-batch finds the same weights
         if world_size > 1:

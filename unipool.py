@@ -14,7 +14,7 @@ Dimensions, as they stand in the shape comments:
     N  tokens in a batch, B * T         H  hidden width of an expert (n_hidden)
     C  width of the residual stream     L  layers (n_layer)
     D  width of an attention head       G  pools over depth (n_pool): 1 is UniPool, L is one private pool a layer
-    V  vocabulary                       R  (token, choice) pairs, N * k: the rows that experts compute
+    V  vocabulary                       R  (token, choice) pairs, N * k
 """
 
 import functools
@@ -164,8 +164,10 @@ class Attention(nn.Module):
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
-            k, v = cache[:] = [torch.cat(pair, dim=2) for pair in zip(cache, (k, v))] or [k, v]
-        if q.is_cuda and q.dtype == torch.float32:  # there no fused attention takes groups
+            if cache:
+                k, v = (torch.cat(before_and_new, dim=2) for before_and_new in zip(cache, (k, v)))
+            cache[:] = k, v
+        if q.is_cuda and q.dtype == torch.float32:  # no fused kernel takes grouped queries in fp32
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         # A single new token may look at everything before it, so only longer inputs need the causal mask.
         grouped = k.size(1) < self.n_head
@@ -179,7 +181,7 @@ class Attention(nn.Module):
 
 class Router(nn.Module):
     """Scores every expert for every token and picks the k best. A new router is a subclass with its own `score`, which
-    turns logits z (N, M) fp32 into scores (N, M) fp32.
+    turns logits z (N, M) fp32 into scores (N, M) fp32. No expert serves a pair whose score is exactly 0.
 
     `bias` only sways the choice, never the gates; it is zero unless balance="bias" moves it (UniPool.update_bias).
     """
@@ -267,12 +269,13 @@ class ExpertPool(nn.Module):
     def weights(self, one_pass=True):
         """[gate_up, down] in product_dtype, which a forward pass takes once and hands to all layers.
 
-        one_pass: their gradients by PoolGradient, below; False leaves the sum over the layers to autograd.
+        one_pass: their gradients by PoolGradient, at the end; False leaves the sum over the layers to autograd.
         """
-        stored, dtype = (self.gate_up, self.down), product_dtype(self.gate_up)
+        stored = [self.gate_up, self.down]
+        dtype = product_dtype(self.gate_up)
         if not (one_pass and torch.is_grad_enabled()):
             return [weight.to(dtype) for weight in stored]
-        if self.copies is None or not self.keep_copies:
+        if not self.keep_copies or self.copies is None or self.copies[0].dtype != dtype:
             self.copies = None  # frees the old ones first
             self.copies = [weight.detach().to(dtype) for weight in stored]
         return [HandOut.apply(weight, copy) for weight, copy in zip(stored, self.copies)]
@@ -300,20 +303,21 @@ def pool_ffn(x, gates, experts, weights):
     """
     if len(x) == 1 and not torch.is_grad_enabled():
         return one_token_ffn(x, gates, experts, weights)
-    (N, k), (_, down) = experts.shape, weights
-    M = len(down)
-    served = (gates > 0).unsqueeze(-1)  # (N, k, 1)
+    N, k = experts.shape
+    M, dtype = len(weights[1]), weights[1].dtype
+    served = gates != 0  # (N, k)
     # Sort the R = N * k pairs by expert, so that each expert's inputs lie next to each other: row r holds pair
     # pair_of_row[r], pair p lies in row row_of_pair[p], and expert i has the rows ends[i-1] ... ends[i]-1.
-    expert_of_row, pair_of_row = torch.where(gates > 0, experts, M).flatten().sort(stable=True)  # (R,) each
+    expert_of_row, pair_of_row = torch.where(served, experts, M).flatten().sort(stable=True)  # (R,) each
     row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(N * k, device=x.device))
     ends = torch.searchsorted(expert_of_row, torch.arange(M, device=x.device), right=True)  # (M,)
-    # Rows behind ends[-1] come out of a product undefined. torch.where keeps them out of y and of the gradient of x.
-    pairs = torch.where(served, x.unsqueeze(1).to(down.dtype), 0).flatten(0, 1)  # (R, C)
-    rows = Permute.apply(pairs, pair_of_row, row_of_pair)
-    rows = expert_ffn(rows, ends, weights, torch.compiler.is_compiling())  # e_i of the rows of each expert i
-    y = Permute.apply(rows, row_of_pair, pair_of_row).view(N, k, -1)  # of each pair
-    y = (gates.unsqueeze(-1) * torch.where(served, y, 0)).sum(dim=1)  # Eq. 2; gates are fp32, and so is the sum
+    # What products leave in the rows behind ends[-1] is undefined: this torch.where keeps it out of x's gradient ...
+    inputs = torch.where(served.unsqueeze(-1), x.unsqueeze(1).to(dtype), 0).flatten(0, 1)  # (R, C), pair by pair
+    rows = Permute.apply(inputs, pair_of_row, row_of_pair)
+    rows = expert_ffn(rows, ends, weights, fuse=torch.compiler.is_compiling())  # e_i(x) for the rows x of expert i
+    outputs = Permute.apply(rows, row_of_pair, pair_of_row).view(N, k, -1)
+    outputs = torch.where(served.unsqueeze(-1), outputs, 0)  # ... and this one out of y
+    y = (gates.unsqueeze(-1) * outputs).sum(dim=1)  # Eq. 2; the gates are fp32, and so is the sum
     return y, ends.diff(prepend=ends.new_zeros(1)) / (N * k)
 
 
@@ -322,11 +326,11 @@ def pool_ffn(x, gates, experts, weights):
 #   f (L, M): the share of the layer's (token, choice) pairs that expert i serves; carries no gradient. It sums to 1, or
 #             with NormRouter to less: pairs whose gate is 0 are served by no expert (the authors' code counts them)
 #   P (L, M): the mean over tokens of the router's score for expert i before top-k; carries the gradient
-# With G pools these are the rows of one pool's layers, L / G of them.
+# With G pools L is the number of layers that share one, and M the number of its experts.
 
 
 def layer_balance_loss(f, P):
-    """Eq. 3, summed over the layers, without alpha: each layer is to spread its tokens evenly. (L, M), (L, M) -> ()."""
+    """Eq. 3 (E is M here), summed over the layers, without alpha: each layer is to spread its tokens evenly. -> ()."""
     return f.size(1) * (f.detach() * P).sum()
 
 
@@ -393,7 +397,7 @@ class Output(NamedTuple):
     loss: torch.Tensor | None  # (), cross-entropy in nats a token and nothing else; None without targets
     balance_loss: torch.Tensor  # (), Eq. 3 or 5 without alpha; 0 for a dense model and for balance "bias" or "none"
     usage: torch.Tensor  # (L, M), the f of each layer: sums to the share of its (token, choice) pairs that is served
-    scores: torch.Tensor  # (L, M), the P of each layer
+    mean_scores: torch.Tensor  # (L, M), the P of each layer
 
 
 class UniPool(nn.Module):
@@ -425,7 +429,7 @@ class UniPool(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def trunk(self, idx, caches=None):
-        """Everything but the head. idx: (B, T) int64; caches: a list a layer: T tokens fill it, then one at a time.
+        """Everything but the head. idx: (B, T) int64; caches: one list per layer; once filled, T must be 1.
 
         Returns x (B, T, C) after the final norm, f (L, M) and P (L, M).
         """
@@ -460,17 +464,19 @@ class UniPool(nn.Module):
         """idx, targets: (B, T) int64 with T <= block_size; targets of -1 do not count. Returns an Output.
 
         The training loss is out.loss + config.balance_coef * out.balance_loss. keep_logits=False computes the loss in
-        chunks, without ever holding all B * T * V logits, and returns none. Raises ValueError if T > block_size.
+        chunks, without ever holding all B * T * V logits, and returns no logits. Raises ValueError if T > block_size.
         """
         x, f, P = self.trunk(idx)
-        logits = self.head(x) if keep_logits or targets is None else None  # (B, T, V)
-        loss = None
-        if logits is None:
-            training = torch.is_grad_enabled()
-            loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), training)
-        elif targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return Output(logits if keep_logits else None, loss, self.balance_loss(f, P), f, P)
+        logits = loss = None
+        if keep_logits or targets is None:
+            logits = self.head(x)  # (B, T, V)
+        if targets is not None:
+            if keep_logits:
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            else:
+                training = torch.is_grad_enabled()
+                loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), training)
+        return Output(logits, loss, self.balance_loss(f, P), f, P)
 
     # ------------------------------------------------------------------------------------------------------------------
     # For training
@@ -492,7 +498,7 @@ class UniPool(nn.Module):
             block.router.bias += self.config.bias_rate * torch.sign(f.mean() - f)
 
     def num_params(self, active=False):
-        """Number of parameters: all that are stored, or only those that one token meets (k experts in every layer)."""
+        """Number of parameters: all that are stored, or those that one token meets (k experts anew in every layer)."""
         stored = sum(p.numel() for p in self.parameters())
         if not active or not self.pools:
             return stored
@@ -551,7 +557,7 @@ class UniPool(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What only makes it fast: nothing below changes a result, and nothing of the method is here.
+# What only makes it fast: up to rounding nothing below changes a result, and nothing of the method is here.
 
 
 def product_dtype(weight):
@@ -566,7 +572,7 @@ def one_token_ffn(x, gates, experts, weights):
     x, f = x.to(down.dtype), gates.new_zeros(len(down))
     y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
     for gate, i in zip(gates[0].tolist(), experts[0].tolist()):
-        if gate > 0:
+        if gate != 0:
             y += gate * (swiglu(x @ gate_up[i]) @ down[i]).to(y.dtype)
             f[i] += 1 / gates.numel()
     return y, f
@@ -617,83 +623,10 @@ def by_expert(ends, tensors, weights):
         start = end
 
 
-compiled = functools.cache(torch.compile)
-
-
-@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
-def expert_ffn(rows, ends, weights, fuse):
-    """e_i(x) for the rows x of every expert i. rows: (R, C), ends: (M,), weights: as in pool_ffn -> (R, C).
-
-    Expert i has rows ends[i-1] ... ends[i]-1. Those behind ends[-1] belong to none: nothing is computed there, and what
-    comes out there is undefined. fuse: compile what lies between the products.
-    """
-    return ExpertFFN.apply(rows, ends, *weights, compiled(swiglu) if fuse else swiglu)
-
-
-class ExpertFFN(torch.autograd.Function):
-    """expert_ffn. It keeps rows and hidden only; what lies between the products is computed again in the backward pass.
-
-    The pool's gradient is made in one pass. Autograd would make a full-size gradient of a weight W for each of the L
-    layers that use it, and add them up. But dW_i = sum_l X_li^T dY_li = X_i^T dY_i, with expert i's rows of all layers
-    in X_i, dY_i: so the layers record X and dY, and one product makes dW when all have. (On a CPU each layer adds its
-    part in place.) Only if HandOut gave the weights: else each layer returns its own gradient, and autograd adds up.
-    """
-
-    @staticmethod
-    def forward(ctx, rows, ends, gate_up, down, activation):
-        hidden = grouped_product(rows, gate_up, ends)  # (R, 2H)
-        ctx.save_for_backward(rows, ends, gate_up, down, hidden)
-        ctx.activation, ctx.one_pass = activation, isinstance(gate_up.grad_fn, HandOut._backward_cls)
-        ctx.gradients = [w.grad_fn.gradient if ctx.one_pass else PoolGradient(w) for w in (gate_up, down)]
-        return grouped_product(activation(hidden), down, ends)
-
-    @staticmethod
-    @once_differentiable
-    @torch.compiler.disable
-    def backward(ctx, dy):
-        rows, ends, gate_up, down, hidden = ctx.saved_tensors
-        of_gate_up, of_down = ctx.gradients
-        if in_one_product(gate_up):
-            h, d_hidden = with_gradient(ctx.activation, hidden, grouped_product(dy, down.mT, ends))  # (R, H), (R, 2H)
-            of_gate_up.record(ends, rows, d_hidden)
-            of_down.record(ends, h, dy)
-            dx = grouped_product(d_hidden, gate_up.mT, ends)
-        else:  # expert by expert, so that what lies between the products stays in the cache
-            dx = torch.empty_like(rows)
-            weights = gate_up, down, of_gate_up.so_far(), of_down.so_far()
-            for x, dy_i, hidden_i, dx_i, w1, w2, dw1, dw2 in by_expert(ends, (rows, dy, hidden, dx), weights):
-                h, d_hidden = with_gradient(ctx.activation, hidden_i, dy_i @ w2.t())
-                torch.mm(d_hidden, w1.t(), out=dx_i)
-                dw1.addmm_(x.t().to(dw1.dtype), d_hidden.to(dw1.dtype))
-                dw2.addmm_(h.t().to(dw2.dtype), dy_i.to(dw2.dtype))
-        return dx, None, *(None if ctx.one_pass else gradient.take() for gradient in ctx.gradients), None
-
-
-def with_gradient(function, x, dy):
-    """y = function(x), and the gradient of x from dy, that of y."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y = function(x)
-    return y.detach(), torch.autograd.grad(y, x, dy)[0]
-
-
-class HandOut(torch.autograd.Function):
-    """Hands a weight of the pool, cast once, to all layers. ExpertFFN returns no gradient for it, but autograd still
-    calls the backward here after all of theirs: then the gradient is complete.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, copy):
-        ctx.gradient, ctx.dtype = PoolGradient(copy), weight.dtype
-        ctx.set_materialize_grads(False)
-        return copy.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    @torch.compiler.disable
-    def backward(ctx, other):  # of other uses than ExpertFFN: as a rule None
-        parts = [part for part in (ctx.gradient.take(), other) if part is not None]
-        return (sum(parts[1:], parts[0]).to(ctx.dtype) if parts else None), None
+# The pool's gradient in one pass. Autograd would make a full-size gradient of a weight W for each of the L layers that
+# use it, and add them up. But dW_i = sum_l X_li^T dY_li = X_i^T dY_i, with expert i's rows of all layers in X_i, dY_i:
+# so the layers record X and dY, and one product makes dW when all have (a few, where there are too many rows to keep).
+# On a CPU each layer adds its part in place.
 
 
 class PoolGradient:
@@ -721,7 +654,7 @@ class PoolGradient:
         """One layer's x (R, in) and dy (R, out), sorted by expert."""
         self.begin()
         self.records.append((ends, x, dy))
-        if sum(x.numel() + dy.numel() for _, x, dy in self.records) > self.capacity * self.weight.numel():
+        if sum(a.numel() + b.numel() for _, a, b in self.records) > self.capacity * self.weight.numel():
             self.multiply()
 
     def multiply(self):
@@ -743,8 +676,9 @@ def sum_of_products(records):
     ends, xs, dys = zip(*records)
     x, dy, ends_of_all = xs[0], dys[0], sum(ends)
     if len(records) > 1:
-        experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
-        # places[r]: where row r, of all layers' rows laid end to end, stands once they are sorted by expert together.
+        experts = [torch.searchsorted(e, torch.arange(len(a), device=a.device), right=True) for e, a in zip(ends, xs)]
+        # places[r]: where row r, of all layers' rows laid end to end, stands once they are sorted by expert together;
+        # the inverse of the permutation that sorts them.
         places = torch.cat(experts).argsort(stable=True).argsort()
         x, dy = (tensors[0].new_empty(len(places), tensors[0].size(1)) for tensors in (xs, dys))
         for place, x_l, dy_l in zip(places.split([len(x_l) for x_l in xs]), xs, dys):
@@ -752,6 +686,84 @@ def sum_of_products(records):
     product = F.grouped_mm(x.t(), dy, offs=ends_of_all.int())
     without_rows = ends_of_all.diff(prepend=ends_of_all.new_zeros(1)) == 0
     return product.masked_fill_(without_rows[:, None, None], 0)  # some GPUs leave garbage there (pytorch issue 172439)
+
+
+class HandOut(torch.autograd.Function):
+    """Hands a weight of the pool, cast once, to all layers. ExpertFFN returns no gradient for it, but autograd still
+    calls the backward here after all of theirs: then the gradient is complete.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, copy):
+        ctx.gradient, ctx.dtype = PoolGradient(copy), weight.dtype
+        ctx.set_materialize_grads(False)
+        return copy.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    @torch.compiler.disable
+    def backward(ctx, other):  # of other uses than ExpertFFN: as a rule None
+        parts = [part for part in (ctx.gradient.take(), other) if part is not None]
+        return (sum(parts[1:], parts[0]).to(ctx.dtype) if parts else None), None
+
+
+class ExpertFFN(torch.autograd.Function):
+    """expert_ffn. Of activations it keeps rows and hidden; what lies between the products is computed again in the
+    backward pass. For a weight from HandOut it returns no gradient, but leaves it there.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, ends, gate_up, down, activation):
+        hidden = grouped_product(rows, gate_up, ends)  # (R, 2H)
+        ctx.save_for_backward(rows, ends, gate_up, down, hidden)
+        ctx.activation = activation
+        ctx.handed_out = [isinstance(weight.grad_fn, HandOut._backward_cls) for weight in (gate_up, down)]
+        ctx.gradients = [weight.grad_fn.gradient if handed_out else PoolGradient(weight)
+                         for weight, handed_out in zip((gate_up, down), ctx.handed_out)]  # fmt: skip
+        return grouped_product(activation(hidden), down, ends)
+
+    @staticmethod
+    @once_differentiable
+    @torch.compiler.disable
+    def backward(ctx, dy):
+        rows, ends, gate_up, down, hidden = ctx.saved_tensors
+        of_gate_up, of_down = ctx.gradients
+        if in_one_product(gate_up) and in_one_product(down):
+            dh = grouped_product(dy, down.mT, ends)  # (R, H)
+            h, d_hidden = with_gradient(ctx.activation, hidden, dh)
+            of_gate_up.record(ends, rows, d_hidden)
+            of_down.record(ends, h, dy)
+            dx = grouped_product(d_hidden, gate_up.mT, ends)
+        else:  # expert by expert, so that what lies between the products stays in the cache
+            dx = torch.empty_like(rows)
+            weights = gate_up, down, of_gate_up.so_far(), of_down.so_far()
+            for x, dy_i, hidden_i, dx_i, w1, w2, dw1, dw2 in by_expert(ends, (rows, dy, hidden, dx), weights):
+                h, d_hidden = with_gradient(ctx.activation, hidden_i, dy_i @ w2.t())
+                torch.mm(d_hidden, w1.t(), out=dx_i)
+                dw1.addmm_(x.t().to(dw1.dtype), d_hidden.to(dw1.dtype))
+                dw2.addmm_(h.t().to(dw2.dtype), dy_i.to(dw2.dtype))
+        own = [None if handed_out else gradient.take() for gradient, handed_out in zip(ctx.gradients, ctx.handed_out)]
+        return dx, None, *own, None
+
+
+def with_gradient(function, x, dy):
+    """y = function(x), and the gradient of x from dy, that of y."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = function(x)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+
+compiled = functools.cache(torch.compile)
+
+
+@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
+def expert_ffn(rows, ends, weights, fuse):
+    """e_i(x) for the rows x of every expert i. rows: (R, C), ends: (M,), weights: as in pool_ffn -> (R, C).
+
+    fuse: compile what lies between the products, by itself.
+    """
+    return ExpertFFN.apply(rows, ends, *weights, compiled(swiglu) if fuse else swiglu)
 
 
 LOSS_CHUNK = 4096  # tokens whose logits are held at a time
@@ -763,11 +775,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, with_gradient):
-        """x: (N, C), weight: (V, C), targets: (N,) int64, of which -1 do not count -> (), fp32."""
+    def forward(ctx, x, weight, targets, training):
+        """x: (N, C), weight: (V, C), targets: (N,) int64, of which -1 do not count -> (), fp32.
+
+        training: make gradients (autograd switches itself off in here, so that the caller has to tell).
+        """
         dtype = product_dtype(weight)
         w, n, loss = weight.to(dtype), (targets != -1).sum(), torch.zeros((), device=x.device)
-        if with_gradient:
+        if training:
             dx, dw = torch.empty_like(x, dtype=dtype), torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(x), LOSS_CHUNK):
             x_i, target = x[i : i + LOSS_CHUNK].to(dtype), targets[i : i + LOSS_CHUNK].unsqueeze(1)
@@ -775,13 +790,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             target = torch.where(counts, target, 0)
             log_p = (x_i @ w.t()).float().log_softmax(dim=-1)
             loss = loss - torch.where(counts, log_p.gather(1, target), 0).sum() / n  # torch 2.11 miscompiles `-=` here
-            if with_gradient:
+            if training:
                 d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
                 d_logits = d_logits.mul_(counts / n).to(dtype)
                 dx[i : i + LOSS_CHUNK] = d_logits @ w
                 dw += d_logits.t() @ x_i
             log_p = d_logits = None  # before the next chunk makes its own
-        if with_gradient:
+        if training:
             ctx.save_for_backward(dx.to(x.dtype), dw.to(weight.dtype))
         return loss
 

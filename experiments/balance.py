@@ -117,6 +117,8 @@ def main(argv=None):
             jobs, tqdm(pool.imap(run, jobs.values()), total=len(jobs), unit="run")
         ):
             results.setdefault((coef, phantom), {})[seed] = figures
+        pool.close()
+        pool.join()
     if 0 in args.coefs:
         results[0, True] = results[0, False]
     print(table(results, args.coefs))

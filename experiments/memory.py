@@ -56,7 +56,7 @@ def train_step(model, optimizer, sequences, micro_batches, watch=None):
         watch.phase = "backward"
         (loss / micro_batches).backward()
         losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / micro_batches
-        routing = routing + torch.stack([out.usage, out.scores.detach()]) / micro_batches
+        routing = routing + torch.stack([out.usage, out.mean_scores.detach()]) / micro_batches
         for pool in model.pools:
             pool.keep_copies = not last
     watch.phase = "optimizer"
