@@ -47,7 +47,7 @@ def run(job):
         resume = ["--resume"] if (folder / "ckpt.pt").exists() else []
         train.main([*flags, f"--out_dir={folder}", *resume])
         unipool.pool_ffn = pool_ffn
-        (folder / "done").touch()
+        (folder / "done").write_text(machine(torch.device("cpu"))["commit"] or "")
     checkpoint = train.load_checkpoint(folder / "ckpt.pt")
     model = train.load_model(checkpoint, folder, torch.device("cpu")).eval()
     data_dir, config = checkpoint["settings"]["data_dir"], model.config
@@ -57,6 +57,7 @@ def run(job):
     found, indices = Statistics(config, torch.device("cpu")), train.validation_indices(data, tokens)
     loss, _ = evaluate(model, data, indices, torch.device("cpu"), tqdm(disable=True), found)
     figures = found.summary() | dict(loss=loss, sigma=[block.router.router.sigma.item() for block in model.blocks])
+    figures["trained_at"] = (folder / "done").read_text()
     return figures | dict(unserved=statistics.fmean(figures["unserved"]), unserved_by_layer=figures["unserved"])
 
 
