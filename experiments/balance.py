@@ -21,7 +21,7 @@ from tqdm import tqdm
 import train
 import unipool
 from experiments.bench import machine, save_result
-from experiments.compare import spread
+from experiments.compare import read_metrics, spread
 from experiments.probe import Statistics, WatchedRouter, evaluate
 from prepare_pile import BadInput, Parser, TokenData, read_meta, run_command
 
@@ -57,6 +57,7 @@ def run(job):
     found, indices = Statistics(config, torch.device("cpu")), train.validation_indices(data, tokens)
     loss, _ = evaluate(model, data, indices, torch.device("cpu"), tqdm(disable=True), found)
     figures = found.summary() | dict(loss=loss, sigma=[block.router.router.sigma.item() for block in model.blocks])
+    figures["logged_utilisation"] = read_metrics(folder)[-1]["pool_utilisation"]  # of the training step, by its own f
     figures["trained_at"] = (folder / "done").read_text()
     return figures | dict(unserved=statistics.fmean(figures["unserved"]), unserved_by_layer=figures["unserved"])
 
@@ -79,6 +80,9 @@ def draw(results, coefs, path):
             ax.plot([statistics.fmean(v) for v in values], color=colour, label=label)
             for x, v in enumerate(values):
                 ax.plot([x] * len(v), v, "o", color=colour, ms=4, alpha=0.5)
+        if key == "utilisation":
+            logged = [statistics.fmean(f["logged_utilisation"] for f in results[coef, True].values()) for coef in coefs]
+            ax.plot(logged, color=WAYS[True][1], ls="--", label="the same, as its own log says")
         ax.set_xticks(range(len(coefs)), [f"{coef:g}" for coef in coefs])
         ax.set_xlabel("balance_coef (dots: seeds)")
         ax.set_title(name, fontsize=10)
