@@ -36,6 +36,7 @@ import sample
 import train
 import unipool
 from experiments import ablate, compare, evaluate, probe
+from experiments import balance as study
 from experiments.fake_gpu import WHY_NOT
 from prepare_pile import BadInput, get_tokenizer, prepare, run_command
 from unipool import (
@@ -2626,7 +2627,7 @@ def test_no_vocabulary_offline(capsys, tmp_path, monkeypatch):
 FAKE_STEPS = """
 import json, sys, torch, unipool
 from experiments.fake_gpu import Watch, fake_gpu
-from experiments.memory import prepare, simulated, train_step
+from experiments.memory import main, prepare, simulated, train_step
 from unipool import UniPoolConfig
 
 results = {}
@@ -2659,18 +2660,21 @@ with fake_gpu(config), Watch():
         torch.ones(1, device="cuda").item()
     except Exception as error:
         results["wait"] = type(error).__name__
+main(["--scales", "tiny", "--sequences=4", f"--results={sys.argv[1]}"])
 print("RESULTS", json.dumps(results))
 """
 
 
 @pytest.fixture(scope="session")
-def fake_steps():
+def fake_steps(tmp_path_factory):
     """Training steps on a GPU that is not there; in a process of its own, because torch's insides are touched."""
     if WHY_NOT:
         pytest.skip(WHY_NOT)
-    result = subprocess.run([sys.executable, "-c", FAKE_STEPS], cwd=HERE, capture_output=True, text=True, timeout=200)
+    folder = tmp_path_factory.mktemp("memory")
+    arguments = [sys.executable, "-c", FAKE_STEPS, folder]
+    result = subprocess.run(arguments, cwd=HERE, capture_output=True, text=True, timeout=200)
     assert "RESULTS" in result.stdout, result.stderr
-    return json.loads(result.stdout.split("RESULTS")[1])
+    return json.loads(result.stdout.split("RESULTS")[1]) | dict(table=(folder / "memory.md").read_text())
 
 
 @pytest.mark.parametrize("name", ["plain", "autograd", "recompute", "shard", "shard recompute"])
@@ -2688,6 +2692,12 @@ def test_a_step_on_a_gpu(arch, name, fake_steps):
 
 def test_a_fake_gpu_notices_a_wait(fake_steps):
     assert fake_steps["wait"] == "DataDependentOutputException"
+
+
+def test_memory_as_a_command(fake_steps):
+    rows = [line.split(" | ") for line in fake_steps["table"].splitlines() if line.startswith("| tiny")]
+    assert [row[0] for row in rows] == ["| tiny", "| tiny --recompute", "| tiny --shard", "| tiny --shard --recompute"]
+    assert all("yes" in row[-1] and row[-2] in ("forward", "backward", "optimizer") for row in rows)
 
 
 def test_attention_in_fp32_has_a_fused_kernel_on_a_gpu(fake_steps):
@@ -3058,6 +3068,31 @@ def test_probe_as_a_command(text_data, tmp_path, capsys):
     fails(capsys, probe.main, [tmp_path / "none"], tmp_path / "none", touching=tmp_path)
     fails(capsys, probe.main, [*runs, "--draws=0"], "--draws=0", touching=tmp_path)
     fails(capsys, probe.main, [*runs, "--data_dir=nowhere"], "--data_dir=nowhere", touching=tmp_path)
+
+
+def test_study_of_the_balance_loss(text_data, tmp_path, capsys):
+    """Two coefficients with two steps; f with phantom load counts every pair, also those that no expert serves."""
+    gates, experts = torch.tensor([[0.5], [0.0], [0.0]]), torch.tensor([[1], [2], [2]])
+    weights = [w.detach() for w in ExpertPool(4, 16, 24).weights()]
+    _, f = study.with_phantom_load(torch.randn(3, 16), gates, experts, weights)
+    torch.testing.assert_close(f, torch.tensor([0, 1, 2, 0]) / 3)
+    flags = [
+        f"--data_dir={text_data}",
+        *TINY_RUN,
+        "--max_steps=2",
+        "--coefs",
+        "0",
+        "0.1",
+        "--seeds",
+        "1",
+        "--tokens=256",
+    ]
+    study.main([*flags, f"--runs={tmp_path / 'runs'}", f"--results={tmp_path}"])
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"0-served-1", "0.1-served-1", "0.1-phantom-1"}
+    results = json.loads((tmp_path / "balance.json").read_text())["results"]
+    assert len(results) == 4 and all(0 <= f["1"]["unserved"] < 1 for f in results.values())
+    assert (tmp_path / "balance.png").read_bytes().startswith(b"\x89PNG")
+    fails(capsys, study.main, ["--jobs=0"], "--jobs=0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
