@@ -99,9 +99,7 @@ def parse_flags(argv):
     parser = Parser(__doc__, argument_default=argparse.SUPPRESS)
     tiny = ", ".join(f"{name}={value}" for name, value in TINY.items())
     own = parser.add_argument_group("training", f"in brackets the paper's values; --scale=tiny has {tiny}")
-    model = parser.add_argument_group(
-        "model: UniPoolConfig in unipool.py explains it (182m's values; --scale and --arch set them)"
-    )
+    model = parser.add_argument_group("model: see UniPoolConfig (182m's values; --scale and --arch set them)")
     for group, cls in ((own, Settings), (model, UniPoolConfig)):
         for f in fields(cls):
             kind = (typing.get_args(f.type) or (f.type,))[0]  # int, also of `int | None`
@@ -333,9 +331,7 @@ def restore(model, optimizer, saved, path):
                        options=StateDictOptions(full_state_dict=True))  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise BadInput(
-            f"{path}: its weights or optimizer state are damaged ({reason}): use another checkpoint"
-        ) from None
+        raise BadInput(f"{path}: its weights or optimizer state are damaged ({reason}): use another one") from None
     for group, settings in zip(optimizer.param_groups, own):
         group.update(settings)
 
@@ -393,10 +389,15 @@ def trim_metrics(path, step):
 
 def add_metrics(path, line):
     """Append a line to metrics.jsonl; null stands for what is not finite, which JSON cannot hold."""
-    line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+    def finite(value):
+        if isinstance(value, list):
+            return [finite(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
     try:
         with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}): make room, then --resume") from None
 
@@ -544,9 +545,7 @@ def run(argv):
         with torch.device(device):
             model = UniPool(config).to(device)
     except (RuntimeError, MemoryError) as error:
-        raise BadInput(
-            f"--scale={settings.scale}: no room for the model on {device} ({error}): a smaller one"
-        ) from None
+        raise BadInput(f"--scale={settings.scale}: no room on {device} ({error}): take a smaller one") from None
     model.recompute, model.one_pass = settings.recompute, settings.one_pass
     sharded = settings.shard and world_size > 1
     if sharded:
@@ -721,9 +720,7 @@ def run(argv):
     if in_a_row >= MOST_SKIPPED or in_a_row == step - first_step > 0:
         what = f"the last {in_a_row} steps had a loss or gradient that is not finite and were skipped"
         if n_skipped == step:
-            raise BadInput(
-                f"--lr={settings.lr}: {what}, as all before them: nothing is saved; change the model's flags"
-            )
+            raise BadInput(f"--lr={settings.lr}: {what}, as all before: nothing is saved; change the model's flags")
         raise BadInput(
             f"--lr={settings.lr}: {what}; stopped at step {step}, with the weights from before them in "
             f"{out_dir / kept_name(0)}: --resume with a lower --lr"
