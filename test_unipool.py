@@ -2194,12 +2194,12 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(text_data, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"], "the unfinished file stays"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_metrics_are_json_also_where_figures_are_not_finite(tmp_path):
     train.add_metrics(tmp_path / "m", dict(step=1, loss=math.nan, sigma=[1.0, math.inf]))
     assert (tmp_path / "m").read_text() == '{"step": 1, "loss": null, "sigma": [1.0, null]}\n'
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_metrics_on_a_full_disk(tmp_path):
     os.symlink("/dev/full", tmp_path / "metrics.jsonl")
     with pytest.raises(BadInput, match="metrics.jsonl cannot be written.*No space left"):
