@@ -36,7 +36,8 @@ import torch
 from tqdm import tqdm
 
 import prepare_pile
-from prepare_pile import BadInput, Parser, get_tokenizer, prepare, run_command, standard_library_files
+from command import BadInput, Parser, run_command
+from prepare_pile import get_tokenizer, prepare, standard_library_files
 from train import Settings, autocast, find_device, peak_flops, save_checkpoint, snapshot
 from unipool import ARCHS, SCALES, UniPool, UniPoolConfig
 
