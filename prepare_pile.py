@@ -23,7 +23,6 @@ import math
 import os
 import shutil
 import sysconfig
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,32 +62,46 @@ def get_tokenizer(name):
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # requests' connection errors are OSErrors
-        raise BadInput(
-            f"the gpt2 vocabulary is not in TIKTOKEN_CACHE_DIR={os.environ.get('TIKTOKEN_CACHE_DIR', '')} and it cannot "
-            f"be downloaded ({type(error).__name__}): set that to a folder which tiktoken has filled on a machine that "
-            "is online, or prepare the data with --tokenizer bytes"
-        ) from None
+        mend = "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled elsewhere, or give --tokenizer bytes"
+        raise BadInput(f"the gpt2 vocabulary cannot be downloaded ({type(error).__name__}): {mend}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The source and its parts
 
 
-def find_files(sources):
-    """The files that --source means, each once: a list of paths, empty for the Pile. Raises BadInput."""
-    if sources in (["pile"], ["stdlib"]):
-        return standard_library_files() if sources == ["stdlib"] else []
-    paths = {}
-    for source in sources:
-        found = []
-        for path in [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True)):
-            below = sorted(glob.glob(glob.escape(path) + "/**", recursive=True))  # all but hidden files
-            found += filter(os.path.isfile, below if os.path.isdir(path) else [path])
-        if not found:
-            raise BadInput(f"--source {' '.join(sources)}: no file {source}; give files, folders or glob patterns, or "
-                           "pile or stdlib alone")  # fmt: skip
-        paths |= {os.path.realpath(path): path for path in found}
-    return list(paths.values())
+def find_parts(sources):
+    """The parts of a source: numbers of the Pile's shards, or lists of pieces of files. Raises BadInput."""
+    if len(sources) > 1 and {"pile", "stdlib"} & set(sources):
+        raise BadInput(f"--source {' '.join(sources)}: pile and stdlib stand alone, not beside others")
+    if sources == ["pile"]:
+        with the_pile() as dataset:
+            return list(range(dataset.num_shards))
+    paths = standard_library_files() if sources == ["stdlib"] else [p for source in sources for p in expand(source)]
+    pieces = []  # (path, start, stop): bytes of a file; only plain text is cut, at line ends
+    for path in {os.path.realpath(path): path for path in paths}.values():  # each file once
+        try:
+            with open(path, "rb") as file:
+                start, size = 0, file.seek(0, os.SEEK_END)
+                while start + PART_BYTES < size and Path(path).suffix.lower() not in (*COMPRESSION, ".parquet"):
+                    file.seek(start + PART_BYTES)
+                    file.readline()
+                    pieces.append((path, start, file.tell()))
+                    start = file.tell()
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+        pieces.append((path, start, size))
+    return list(groups(pieces, PART_BYTES, size=lambda piece: piece[2] - piece[1]))
+
+
+def expand(source):
+    """The files of a file, a folder (all below it but hidden ones) or a glob pattern: a sorted list of paths."""
+    found = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
+    patterns = [glob.escape(path) + ("/**" if os.path.isdir(path) else "") for path in found]
+    files = {path for pattern in patterns for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+    if not files:
+        raise BadInput(f"--source {source}: no file there: give files, folders, glob patterns, pile or stdlib")
+    return sorted(files)
 
 
 def standard_library_files():
@@ -98,23 +111,7 @@ def standard_library_files():
     return [str(f) for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
 
 
-def cut_into_parts(paths):
-    """Parts of about PART_BYTES: lists of pieces (path, start, stop), which are bytes of a file and end with a line."""
-    pieces = []
-    for path in paths:
-        start, size = 0, os.path.getsize(path)
-        if Path(path).suffix.lower() not in (*COMPRESSION, ".parquet"):
-            with open(path, "rb") as file:
-                while start + PART_BYTES < size:
-                    file.seek(start + PART_BYTES)
-                    file.readline()
-                    pieces.append((path, start, file.tell()))
-                    start = file.tell()
-        pieces.append((path, start, size))
-    return list(groups(pieces, PART_BYTES, size=lambda piece: piece[2] - piece[1]))
-
-
-def groups(items, enough, size=len):
+def groups(items, enough, size):
     """Consecutive items in lists, each ended by the item with which their sizes reach `enough`."""
     group, total = [], 0
     for item in items:
@@ -135,43 +132,31 @@ def the_pile():
     try:
         yield datasets.load_dataset(PILE, split="train", streaming=True)
     except Exception as error:  # each library between here and the hub has its own
-        raise BadInput(f"{PILE} cannot be read from the hub ({type(error).__name__}: {error}): mend the connection, or "
-                       "give local shards by --source 'DIR/*.jsonl.zst'") from None  # fmt: skip
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{PILE} cannot be read from the hub ({reason}): give local shards by --source") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading documents
 
 
-class Bad(str):
-    """Stands in its place for a document that cannot be read: where it is, and what is wrong with it."""
-
-
 def read_part(part):
-    """The documents of a part (a shard's number, or pieces of files) in order: strings, some of which may be Bad."""
+    """The documents of a part (a shard's number, or pieces of files), in order: strings, or BadInput for a bad one."""
     if isinstance(part, int):
         with the_pile() as dataset:
-            for row in dataset.shard(num_shards=dataset.num_shards, index=part):
-                yield row["text"]
+            yield from (row["text"] for row in dataset.shard(num_shards=dataset.num_shards, index=part))
         return
     for path, start, stop in part:
         name = path.lower().removesuffix(".gz").removesuffix(".zst")
         read = read_parquet if name.endswith(".parquet") else read_jsonl if name.endswith(".jsonl") else read_text
         try:
             yield from read(path, start, stop)
-        except OSError as error:
-            if error.errno:
-                raise BadInput(f"{path}: cannot be read ({os.strerror(error.errno)})") from None
-            yield Bad(f"{path}: damaged, cut short, or compressed by a zstd window over 2^27 bytes ({error})")
-        except (pyarrow.ArrowException, KeyError) as error:
-            yield Bad(f"{path}: not a parquet file with a column of texts ({error})")
+        except (OSError, pyarrow.ArrowException, KeyError) as error:
+            yield BadInput(f"{path}: damaged, of a zstd window over 2^27, or without a column of texts ({error})")
 
 
 def read_lines(path, start, stop):
-    """The lines of a piece, or of a whole compressed file, as bytes: lists of about TEXT_PIECE together.
-
-    Damage to a compressed file is an OSError without errno.
-    """
+    """The lines of a piece, or of a whole compressed file, as bytes: lists of about TEXT_PIECE. Raises OSError."""
     compression = COMPRESSION.get(Path(path).suffix.lower())
     if compression:
         if stop == 0:
@@ -190,43 +175,34 @@ def read_text(path, start, stop):
         try:
             yield piece.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield Bad(f"{path}: not UTF-8 (byte 0x{piece[error.start]:02x} at offset {start + error.start})")
+            yield BadInput(f"{path}: not UTF-8 (byte 0x{piece[error.start]:02x} at offset {start + error.start})")
         start += len(piece)
 
 
 def read_jsonl(path, start, stop):
-    lines = itertools.chain.from_iterable(read_lines(path, start, stop))
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(itertools.chain.from_iterable(read_lines(path, start, stop)), start=1):
         where = f"{path} line {number}" + (f" after byte {start}" if start else "")
         try:
             if line.strip():
                 text = json.loads(line)["text"]
-                yield text if isinstance(text, str) else Bad(f'{where}: "text" is no string')
-        except (KeyError, TypeError):
-            yield Bad(f'{where}: no "text" in it')
-        except (ValueError, RecursionError) as error:
-            yield Bad(f"{where}: not JSON in UTF-8 ({error})")
+                yield text if isinstance(text, str) else BadInput(f'{where}: "text" is no string')
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            yield BadInput(f'{where}: not JSON in UTF-8 with a "text" ({type(error).__name__}: {error})')
 
 
 def read_parquet(path, start, stop):
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024, columns=["text"]):
             for text in batch.column("text").to_pylist():
-                yield text if isinstance(text, str) else Bad(f'{path}: {text!r} in the column "text" is no string')
+                yield text if isinstance(text, str) else BadInput(f'{path}: {text!r} in column "text" is no string')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizing and writing
 
 
-def in_validation(text, val_fraction):
-    """Whether a document (bytes) is held out: its hash, as a fraction of all hashes, is small enough."""
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "big") < val_fraction * 2**64
-
-
 def tokenize(text, tokenizer, val_fraction):
-    """A text -> its tokens (uint16) with <|endoftext|> at the end, its length in bytes, and whether it is held out."""
+    """A text -> tokens (uint16) that end with <|endoftext|>, length in bytes, and whether it is in validation."""
     try:
         raw = text.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair, which JSON's \ud83d can spell but UTF-8 cannot
@@ -234,15 +210,13 @@ def tokenize(text, tokenizer, val_fraction):
         raw = text.encode("utf-8")
     # disallowed_special=(): a text that spells "<|endoftext|>" is text like any other
     tokens = np.append(tokenizer.encode_to_numpy(text, disallowed_special=()), tokenizer.eot_token)
-    return tokens.astype("<u2"), len(raw), in_validation(raw, val_fraction)
+    digest = hashlib.blake2b(raw, digest_size=8).digest()
+    return tokens.astype("<u2"), len(raw), int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
 def map_ahead(function, items, workers):
-    """Like map(), computed ahead by threads, but not so far that memory grows with the items.
-
-    Threads will do: tiktoken, which has nearly all of the work, runs outside the interpreter lock.
-    """
-    with ThreadPoolExecutor(workers) as executor:
+    """Like map(), computed ahead by threads, but not so far that memory grows with the items."""
+    with ThreadPoolExecutor(workers) as executor:  # tiktoken has most of the work, and needs no interpreter lock
         pending = collections.deque()
         for item in items:
             pending.append(executor.submit(function, item))
@@ -264,15 +238,15 @@ def new_file(path):
 
 def write_part(folder, part, meta, max_tokens, skip_bad, workers, bar):
     """Tokenize the part after those that meta counts, up to the document that reaches max_tokens; add it to meta."""
-    tokenizer, number, began, n_tokens = get_tokenizer(meta["tokenizer"]), meta["parts"], time.monotonic(), 0
+    tokenizer, number = get_tokenizer(meta["tokenizer"]), meta["parts"]
 
     def work(texts):
-        return [text if isinstance(text, Bad) else tokenize(text, tokenizer, meta["val_fraction"]) for text in texts]
+        return [t if isinstance(t, BadInput) else tokenize(t, tokenizer, meta["val_fraction"]) for t in texts]
 
-    batches = map_ahead(work, groups(read_part(part), BATCH_CHARS), workers)
+    batches = map_ahead(work, groups(read_part(part), BATCH_CHARS, size=lambda text: len(str(text))), workers)
     with new_file(folder / f"train_{number:03d}.bin") as train, new_file(folder / f"val_{number:03d}.bin") as val:
         for document in itertools.chain.from_iterable(batches):
-            if isinstance(document, Bad):
+            if isinstance(document, BadInput):
                 if not skip_bad:
                     raise BadInput(f"{document}; mend it, or go on without it by --skip_bad")
                 meta["skipped_documents"] += 1
@@ -282,46 +256,10 @@ def write_part(folder, part, meta, max_tokens, skip_bad, workers, bar):
             file.write(tokens)
             meta[f"{split}_tokens"] += len(tokens)
             meta[f"{split}_documents"] += 1
-            n_tokens += len(tokens)
-            speed = n_tokens / (time.monotonic() - began)
-            bar.set_postfix_str(f"{n_tokens / 1e6:.1f}M tokens, {speed / 1e6:.2f}M tokens/s", refresh=False)
-            bar.update(n_bytes)
             if meta["train_tokens"] >= max_tokens:
                 break
+            bar.update(n_bytes)
     meta["parts"] += 1
-
-
-def write_folder(folder, parts, meta, max_tokens, skip_bad, workers, bar):
-    """Write the parts that are not there yet, and then meta.json; return it. Until then it is unfinished.json."""
-
-    def save():
-        with new_file(unfinished) as file:
-            file.write(json.dumps(meta, indent=2).encode() + b"\n")
-
-    unfinished, job = folder / "unfinished.json", meta["job"]
-    if unfinished.exists():
-        meta = json.loads(unfinished.read_text())
-        bar.write(f"{folder}: {meta['parts']} of {len(parts)} parts are there, going on")
-    if meta["job"] != job:
-        raise BadInput(
-            f"{folder} holds parts made by other flags or from other files: give those that it was started with "
-            f"({unfinished.name} in it), or delete it"
-        )
-    folder.mkdir(exist_ok=True)
-    save()
-    while meta["parts"] < len(parts) and meta["train_tokens"] < max_tokens:
-        write_part(folder, parts[meta["parts"]], meta, max_tokens, skip_bad, workers, bar)
-        save()
-    if not (meta["train_documents"] and meta["val_documents"]):
-        shutil.rmtree(folder)
-        raise BadInput(
-            f"--source {' '.join(meta['source'])}: no document for one of the splits, as --val_fraction="
-            f"{meta['val_fraction']} gives {meta['train_documents']} to training and {meta['val_documents']} to "
-            f"validation ({meta['skipped_documents']} skipped as bad): give another, or more documents "
-            "(`split -C 4k FILE` makes many of one)"
-        )
-    os.replace(unfinished, folder / "meta.json")
-    return meta
 
 
 def check_folder(folder, n_tokens):
@@ -330,13 +268,39 @@ def check_folder(folder, n_tokens):
     if there and "unfinished.json" not in there:
         kind = Taken if "meta.json" in there else BadInput
         raise kind(f"--out_dir={folder} exists already: delete it, or give another")
-    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    needed, free = 2 * n_tokens, shutil.disk_usage(disk).free + sum(p.stat().st_size for p in folder.glob("*.bin"))
-    if needed > free:
-        raise BadInput(
-            f"--out_dir={folder}: about {needed / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free there: make "
-            "room, give another, or a lower --max_tokens"
-        )
+    free = shutil.disk_usage(folder.parent).free + sum(path.stat().st_size for path in folder.glob("*.bin"))
+    if 2 * n_tokens > free:
+        sizes = f"about {2 * n_tokens / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free there"
+        raise BadInput(f"--out_dir={folder}: {sizes}: make room, give another, or a lower --max_tokens")
+
+
+def write_folder(folder, parts, meta, max_tokens, skip_bad, workers, bar):
+    """Write the parts that are not there yet, and then meta.json; return it. Until then it is unfinished.json."""
+    unfinished, job = folder / "unfinished.json", meta["job"]
+    if unfinished.exists():
+        meta = json.loads(unfinished.read_text())
+        bar.write(f"{folder}: {meta['parts']} of {len(parts)} parts are there, going on")
+        if meta["job"] != job:
+            raise BadInput(f"{folder} holds parts made by other flags or of other files: give those, or delete it")
+    folder.mkdir(exist_ok=True)
+    try:
+        while True:
+            with new_file(unfinished) as file:
+                file.write(json.dumps(meta, indent=2).encode() + b"\n")
+            if meta["parts"] == len(parts) or meta["train_tokens"] >= max_tokens:
+                break
+            write_part(folder, parts[meta["parts"]], meta, max_tokens, skip_bad, workers, bar)
+        n_train, n_val, n_bad = (meta[f"{name}_documents"] for name in ("train", "val", "skipped"))
+        if n_train == 0 or n_val == 0:
+            meta["parts"] = 0  # they are of no use
+            mend = "give another, or more documents (`split -C 4k FILE` makes many of one)"
+            raise BadInput(f"--val_fraction={meta['val_fraction']} gives {n_train} documents to train and {n_val} to "
+                           f"validate by ({n_bad} are skipped as bad), where each needs one: {mend}")  # fmt: skip
+    finally:
+        if meta["parts"] == 0:  # nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder / "meta.json")
+    return meta
 
 
 def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens=None, workers=None, skip_bad=False,
@@ -347,50 +311,36 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     out_dir holds the parts that were finished, with unfinished.json, or is not there.
     """
     kind = sources[0] if sources[0] in SOURCES else "files"
-    default = SOURCES[kind]
-    folder = Path(default["out_dir"] if out_dir is None else out_dir)
-    tokenizer = default["tokenizer"] if tokenizer is None else tokenizer
-    val_fraction = default["val_fraction"] if val_fraction is None else val_fraction
-    max_tokens = default["max_tokens"] if max_tokens is None else max_tokens
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    given = dict(out_dir=out_dir, tokenizer=tokenizer, val_fraction=val_fraction, max_tokens=max_tokens)
+    flags = SOURCES[kind] | {name: value for name, value in given.items() if value is not None}
+    out_dir, tokenizer, val_fraction, max_tokens = flags.values()
+    folder, workers = Path(out_dir), (os.cpu_count() or 1) if workers is None else workers
     if not 0 < val_fraction < 1:
         raise BadInput(f"--val_fraction={val_fraction} must lie between 0 and 1, both excluded")
     if max_tokens < 1 or workers < 1:
         raise BadInput(f"--max_tokens={max_tokens} and --workers={workers} must be at least 1")
     get_tokenizer(tokenizer)  # what is wrong with it is said before anything is written
-    paths = find_files(sources)
-    n_tokens = PILE_TOKENS if kind == "pile" else sum(map(os.path.getsize, paths)) / 4.5  # at least, with GPT-2's
-    lock = filelock.FileLock(f"{folder}.lock", timeout=0)
+    parts = find_parts(sources)
+    at_least = PILE_TOKENS if kind == "pile" else sum(stop - start for part in parts for _, start, stop in part) / 4.5
+    job = json.dumps([parts, tokenizer, val_fraction, max_tokens])  # all that decides on the bytes
+    meta = dict(source=PILE if kind == "pile" else sources, tokenizer=tokenizer, vocab_size=VOCAB_SIZES[tokenizer],
+                dtype="uint16", val_fraction=val_fraction, job=hashlib.sha256(job.encode()).hexdigest(), parts=0,
+                train_tokens=0, val_tokens=0, train_documents=0, val_documents=0, skipped_documents=0)  # fmt: skip
+    bar = tqdm(desc=str(folder), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1)
     try:
-        check_folder(folder, min(max_tokens, n_tokens))
-        if kind == "pile":
-            with the_pile() as dataset:
-                parts = list(range(dataset.num_shards))
-        else:
-            parts = cut_into_parts(paths)
-        job = json.dumps([parts, tokenizer, val_fraction, max_tokens])  # all that decides on the bytes
-        meta = dict(source=PILE if kind == "pile" else sources, tokenizer=tokenizer, vocab_size=VOCAB_SIZES[tokenizer], dtype="uint16",
-                    val_fraction=val_fraction, job=hashlib.sha256(job.encode()).hexdigest(), parts=0, train_tokens=0,
-                    val_tokens=0, train_documents=0, val_documents=0, skipped_documents=0)  # fmt: skip
-        bar = tqdm(desc=str(folder), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1)
-        with lock, bar:
+        with filelock.FileLock(f"{folder}.lock", timeout=0) as lock, bar:  # this makes the folder above, too
             try:
-                check_folder(folder, 0)  # another process may just have made it
+                check_folder(folder, min(max_tokens, at_least))
                 meta = write_folder(folder, parts, meta, max_tokens, skip_bad or kind == "stdlib", workers, bar)
             finally:
-                if not any(folder.glob("train_*.bin")):
-                    shutil.rmtree(folder, ignore_errors=True)
                 os.unlink(lock.lock_file)
     except filelock.Timeout:
         raise Taken(f"--out_dir={folder}: another process is preparing the same data: wait for it") from None
     except OSError as error:
         raise BadInput(f"--out_dir={folder} cannot be written ({error.strerror}): make room or give another") from None
     if not quiet:
-        print(
-            f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens "
-            f"({meta['train_documents']:,} and {meta['val_documents']:,} documents, {meta['skipped_documents']:,} "
-            "skipped as bad)"
-        )
+        print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens "
+              f"({meta['skipped_documents']:,} documents skipped as bad)")  # fmt: skip
     return meta
 
 
@@ -403,12 +353,13 @@ def read_meta(data_dir, vocab_size):
     path = Path(data_dir) / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        tokenizer, n_vocab = meta["tokenizer"], meta["vocab_size"]
-        if VOCAB_SIZES.get(tokenizer) != n_vocab or not isinstance(meta["train_tokens"] + meta["val_tokens"], int):
-            raise ValueError(f"tokenizer {tokenizer!r} with vocab_size={n_vocab!r}, or a count that is no number")
+        tokenizer, n_vocab, counts = meta["tokenizer"], meta["vocab_size"], (meta["train_tokens"], meta["val_tokens"])
+        if VOCAB_SIZES.get(tokenizer) != n_vocab or not all(isinstance(count, int) for count in counts):
+            raise ValueError(f"tokenizer={tokenizer!r}, vocab_size={n_vocab!r}, tokens={counts}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"--data_dir={data_dir}: {path} is missing or damaged ({type(error).__name__}: {error}): correct "
-                       f"it, or `python prepare_pile.py --source FILES --out_dir {data_dir}`") from None  # fmt: skip
+        mend = f"python prepare_pile.py --source FILES --out_dir {data_dir}"
+        reason = f"{path} is missing or damaged ({type(error).__name__}: {error})"
+        raise BadInput(f"--data_dir={data_dir}: {reason}: correct it, or make it by `{mend}`") from None
     if n_vocab > vocab_size:
         raise BadInput(f"{path}: tokenizer {tokenizer} has {n_vocab} tokens, the model only --vocab_size={vocab_size}: "
                        f"give --vocab_size={math.ceil(n_vocab / 64) * 64}, or other data")  # fmt: skip
@@ -449,11 +400,10 @@ class TokenData:
         self.block_size, self.vocab_size = block_size, vocab_size
         self.paths = sorted(Path(data_dir).glob(f"{split}*.bin"))  # val.bin, too, of earlier versions
         sizes, n_tokens = [path.stat().st_size for path in self.paths], meta[f"{split}_tokens"]
-        odd = [path for path, size in zip(self.paths, sizes) if size % 2]
-        first = [*odd, *self.paths, Path(data_dir) / f"{split}_000.bin"][0]
+        first = [*self.paths, Path(data_dir) / f"{split}_000.bin"][0]
         if sum(sizes) != 2 * n_tokens:
-            raise BadInput(f"{first}: the {split} split holds {sum(sizes) / 2:g} tokens where meta.json counts "
-                           f"{n_tokens}: a file is missing, cut short or left over, copy the folder again")  # fmt: skip
+            raise BadInput(f"{first}: all {split} files have {sum(sizes)} bytes, where meta.json has {n_tokens} tokens "
+                           "of 2: one is missing, cut short or left over, copy the folder again")  # fmt: skip
         # Sequence s of a file is its tokens s * block_size ... (s + 1) * block_size: the last one is only a target.
         self.first_sequence = np.cumsum([0] + [max(0, size // 2 - 1) // block_size for size in sizes])
         if len(self) == 0:
@@ -469,11 +419,9 @@ class TokenData:
         return int(self.first_sequence[-1])
 
     def read(self, file, start, count):
-        """Tokens start ... start + count - 1 of a file, checked.
-
-        Mapped anew each time: a map that stays would count every page it ever touched as this process's memory, and
-        end the process without a word where its file has shrunk.
-        """
+        """Tokens start ... start + count - 1 of a file, checked."""
+        # Mapped anew each time: a map that stays would count every page it ever touched as this process's memory, and
+        # end the process without a word where its file has shrunk.
         path = self.paths[file]
         try:
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=2 * start, shape=(count,))
@@ -506,19 +454,16 @@ class TokenData:
 
 
 def main(argv=None):
-    parser, usual, pile = Parser(__doc__), SOURCES["files"], SOURCES["pile"]
-    for flag, options in dict(
-        source=dict(nargs="+", default=["pile"], metavar="S", help="pile, stdlib, or files, folders and quoted glob "
-                    'patterns: .jsonl or .parquet with a "text" column, or plain text; also .gz and .zst'),
-        out_dir=dict(help="folder to make (data/pile, data/stdlib or data/files)"),
-        tokenizer=dict(choices=list(VOCAB_SIZES), help="(gpt2; bytes for stdlib)"),
-        val_fraction=dict(type=float, help=f"share of documents held out ({usual['val_fraction']}; "
-                                           f"{pile['val_fraction']} for the Pile)"),
-        max_tokens=dict(type=int, help=f"training tokens to stop at ({pile['max_tokens']} for the Pile)"),
-        workers=dict(type=int, help="threads that tokenize (all cores)"),
-        skip_bad=dict(action="store_true", help="leave out and count bad lines and files"),
-    ).items():  # fmt: skip
-        parser.add_argument(f"--{flag}", **options)
+    parser = Parser(__doc__)
+    flag, usual = parser.add_argument, SOURCES["files"]
+    flag("--source", nargs="+", default=["pile"], metavar="S", help="pile, stdlib, or files, folders, quoted patterns: "
+         '.jsonl and .parquet (with a "text" column) or plain text, also .gz and .zst')  # fmt: skip
+    flag("--out_dir", help="folder to make (data/pile, data/stdlib or data/files)")
+    flag("--tokenizer", choices=list(VOCAB_SIZES), help="(gpt2; bytes for stdlib)")
+    flag("--val_fraction", type=float, help=f"share of documents held out ({usual['val_fraction']}; less for the Pile)")
+    flag("--max_tokens", type=int, help=f"training tokens to stop at ({PAPER_TOKENS} for the Pile)")
+    flag("--workers", type=int, help="threads that tokenize (all cores)")
+    flag("--skip_bad", action="store_true", help="leave out and count bad lines and files")
     args = vars(parser.parse_args(argv))
     prepare(args.pop("source"), **args)
 

@@ -176,7 +176,7 @@ def find_data(settings, device):
         if data_dir == pile and not (Path(pile) / "meta.json").exists():
             if device.type != "cpu":
                 raise BadInput(
-                    f"--data_dir: {pile} is not there, or not whole: run python prepare_pile.py, or try --data_dir={stdlib}"
+                    f"--data_dir: {pile} is not made: run python prepare_pile.py, or try --data_dir={stdlib}"
                 )
             data_dir = stdlib
             if first_here:
