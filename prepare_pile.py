@@ -194,7 +194,7 @@ def read_parquet(path, start, stop):
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024, columns=["text"]):
             for text in batch.column("text").to_pylist():
-                yield text if isinstance(text, str) else BadInput(f'{path}: {text!r} in column "text" is no string')
+                yield text if isinstance(text, str) else BadInput(f'{path}: a {type(text)} in column "text"')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,7 +202,9 @@ def read_parquet(path, start, stop):
 
 
 def tokenize(text, tokenizer, val_fraction):
-    """A text -> tokens (uint16) that end with <|endoftext|>, length in bytes, and whether it is in validation."""
+    """A text -> tokens (uint16) that end with <|endoftext|>, length in bytes, and whether it is held out."""
+    if isinstance(text, BadInput):
+        return text  # write_part() decides on it, in order
     try:
         raw = text.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair, which JSON's \ud83d can spell but UTF-8 cannot
@@ -214,16 +216,16 @@ def tokenize(text, tokenizer, val_fraction):
     return tokens.astype("<u2"), len(raw), int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
-def map_ahead(function, items, workers):
-    """Like map(), computed ahead by threads, but not so far that memory grows with the items."""
+def tokenize_ahead(documents, tokenizer, val_fraction, workers):
+    """What tokenize() makes of documents, in order, by threads that work ahead, but not so far that memory grows."""
     with ThreadPoolExecutor(workers) as executor:  # tiktoken has most of the work, and needs no interpreter lock
         pending = collections.deque()
-        for item in items:
-            pending.append(executor.submit(function, item))
+        for texts in groups(documents, BATCH_CHARS, size=lambda text: len(str(text))):
+            pending.append(executor.submit(lambda texts: [tokenize(t, tokenizer, val_fraction) for t in texts], texts))
             if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
+                yield from pending.popleft().result()
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
 
 
 @contextlib.contextmanager
@@ -238,14 +240,10 @@ def new_file(path):
 
 def write_part(folder, part, meta, max_tokens, skip_bad, workers, bar):
     """Tokenize the part after those that meta counts, up to the document that reaches max_tokens; add it to meta."""
-    tokenizer, number = get_tokenizer(meta["tokenizer"]), meta["parts"]
-
-    def work(texts):
-        return [t if isinstance(t, BadInput) else tokenize(t, tokenizer, meta["val_fraction"]) for t in texts]
-
-    batches = map_ahead(work, groups(read_part(part), BATCH_CHARS, size=lambda text: len(str(text))), workers)
-    with new_file(folder / f"train_{number:03d}.bin") as train, new_file(folder / f"val_{number:03d}.bin") as val:
-        for document in itertools.chain.from_iterable(batches):
+    name = f"{meta['parts']:03d}.bin"
+    documents = tokenize_ahead(read_part(part), get_tokenizer(meta["tokenizer"]), meta["val_fraction"], workers)
+    with new_file(folder / f"train_{name}") as train, new_file(folder / f"val_{name}") as val:
+        for document in documents:
             if isinstance(document, BadInput):
                 if not skip_bad:
                     raise BadInput(f"{document}; mend it, or go on without it by --skip_bad")
@@ -262,21 +260,21 @@ def write_part(folder, part, meta, max_tokens, skip_bad, workers, bar):
     meta["parts"] += 1
 
 
-def check_folder(folder, n_tokens):
-    """Raise BadInput if the folder holds anything but an unfinished preparation, or the disk has no room for it."""
+def write_folder(folder, parts, at_least, meta, max_tokens, skip_bad, workers, bar):
+    """Write the parts that are not there yet, and then meta.json; return it. Until then it is unfinished.json.
+
+    Raises BadInput if the folder holds anything else, or its disk has no room for at_least tokens.
+    """
+    unfinished, job = folder / "unfinished.json", meta["job"]
     there = {path.name for path in folder.iterdir()} - {"unfinished.json.tmp"} if folder.is_dir() else set()
-    if there and "unfinished.json" not in there:
+    if there and unfinished.name not in there:
         kind = Taken if "meta.json" in there else BadInput
         raise kind(f"--out_dir={folder} exists already: delete it, or give another")
-    free = shutil.disk_usage(folder.parent).free + sum(path.stat().st_size for path in folder.glob("*.bin"))
-    if 2 * n_tokens > free:
-        sizes = f"about {2 * n_tokens / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free there"
+    disk, done = folder if folder.exists() else folder.parent, sum(p.stat().st_size for p in folder.glob("*.bin"))
+    free = shutil.disk_usage(disk).free + done
+    if 2 * at_least > free:
+        sizes = f"about {2 * at_least / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free there"
         raise BadInput(f"--out_dir={folder}: {sizes}: make room, give another, or a lower --max_tokens")
-
-
-def write_folder(folder, parts, meta, max_tokens, skip_bad, workers, bar):
-    """Write the parts that are not there yet, and then meta.json; return it. Until then it is unfinished.json."""
-    unfinished, job = folder / "unfinished.json", meta["job"]
     if unfinished.exists():
         meta = json.loads(unfinished.read_text())
         bar.write(f"{folder}: {meta['parts']} of {len(parts)} parts are there, going on")
@@ -330,10 +328,11 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     try:
         with filelock.FileLock(f"{folder}.lock", timeout=0) as lock, bar:  # this makes the folder above, too
             try:
-                check_folder(folder, min(max_tokens, at_least))
-                meta = write_folder(folder, parts, meta, max_tokens, skip_bad or kind == "stdlib", workers, bar)
+                skip_bad = skip_bad or kind == "stdlib"  # what this machine's Python holds is no fault of the user
+                meta = write_folder(folder, parts, min(max_tokens, at_least), meta, max_tokens, skip_bad, workers, bar)
             finally:
-                os.unlink(lock.lock_file)
+                with contextlib.suppress(OSError):  # Windows does so by itself, later
+                    os.unlink(lock.lock_file)
     except filelock.Timeout:
         raise Taken(f"--out_dir={folder}: another process is preparing the same data: wait for it") from None
     except OSError as error:
@@ -375,8 +374,7 @@ def permute(i, n, seed, epoch):
     half = ((n - 1).bit_length() + 1) // 2
     mask = np.uint64(2**half - 1)
     keys = np.random.default_rng([seed, epoch]).integers(2**63, size=4, dtype=np.uint64)
-    i = i.astype(np.uint64)
-    outside = np.ones(len(i), dtype=bool)
+    i, outside = i.astype(np.uint64), np.ones(len(i), dtype=bool)
     while outside.any():
         left, right = i[outside] >> np.uint64(half), i[outside] & mask
         for key in keys:
@@ -434,12 +432,9 @@ class TokenData:
 
     def sequences(self, indices):
         """The sequences numbered `indices`, each with its next token: a (len(indices), block_size + 1) int64 array."""
-        rows = []
-        for index in indices:
-            file = np.searchsorted(self.first_sequence, index, side="right") - 1
-            start = (index - self.first_sequence[file]) * self.block_size
-            rows.append(self.read(file, start, self.block_size + 1))
-        return np.stack(rows).astype(np.int64)
+        files = np.searchsorted(self.first_sequence, indices, side="right") - 1
+        starts = (np.asarray(indices) - self.first_sequence[files]) * self.block_size
+        return np.stack([self.read(f, s, self.block_size + 1) for f, s in zip(files, starts)]).astype(np.int64)
 
     def in_order(self, first, count, seed):
         """The numbers of `count` training sequences from position `first` on: a new order for each epoch."""
