@@ -1581,6 +1581,22 @@ def test_two_that_prepare_the_same_data(tmp_path):
     prepare([str(tmp_path / "a.jsonl")], tmp_path / "data", "bytes", 0.2, quiet=True)
 
 
+def test_train_waits_for_data_that_another_run_makes(tmp_path, monkeypatch):
+    """And makes it itself, if the other ends without it."""
+    monkeypatch.chdir(tmp_path)
+    files = prepare_pile.standard_library_files()[:40]
+    monkeypatch.setattr(prepare_pile, "standard_library_files", lambda: files)
+    other = filelock.FileLock("data/stdlib.lock", thread_local=False)
+    other.acquire()
+    threading.Timer(0.5, other.release).start()
+    began = time.monotonic()
+    settings, _ = train.settle({}, None)
+    assert train.find_data(settings, torch.device("cpu")) == "data/stdlib" and time.monotonic() - began > 0.5
+    assert prepare_pile.read_meta("data/stdlib", 257)["source"] == ["stdlib"]
+    monkeypatch.setattr(train, "prepare", lambda sources: pytest.fail("it is there"))
+    assert train.find_data(settings, torch.device("cpu")) == "data/stdlib"
+
+
 def test_one_that_finishes_while_another_is_about_to_begin(tmp_path, monkeypatch):
     """The second still looks at the source when the first has it done: it must not make it again, nor harm it."""
     write_jsonl(tmp_path / "a.jsonl")
@@ -1712,6 +1728,17 @@ def test_sequences_cover_the_shards_once(tmp_path):
     two_epochs = data.in_order(0, 2 * len(data), seed=3)
     assert sorted(two_epochs[: len(data)]) == sorted(two_epochs[len(data) :]) == list(range(len(data)))
     assert list(data.in_order(10, 5, seed=3)) == list(two_epochs[10:15]), "the order depends on the position alone"
+
+
+def test_empty_files_and_those_of_earlier_versions(tmp_path):
+    """A part may have nothing for a split; validation was one val.bin before."""
+    folder = tokens_folder(tmp_path / "data")
+    (folder / "train_001.bin").touch()
+    (folder / "val_000.bin").rename(folder / "val.bin")
+    meta = prepare_pile.read_meta(folder, 257)
+    for split, n_tokens in (("train", 1000), ("val", 200)):
+        data = prepare_pile.TokenData(folder, split, meta, block_size=16, vocab_size=257)
+        assert len(data) == (n_tokens - 1) // 16 and data.sequences(range(len(data))).shape == (len(data), 17)
 
 
 def test_thirty_billion_tokens_open_in_a_second_and_take_no_memory(tmp_path):
