@@ -59,6 +59,8 @@ def get_tokenizer(name):
     if name == "bytes":
         ranks, special = {bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens=special)
+    if name != "gpt2":
+        raise BadInput(f"tokenizer {name!r} is unknown: choose gpt2 or bytes")
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # requests' connection errors are OSErrors
@@ -158,10 +160,9 @@ def read_part(part):
 def read_lines(path, start, stop):
     """The lines of a piece, or of a whole compressed file, as bytes: lists of about TEXT_PIECE. Raises OSError."""
     compression = COMPRESSION.get(Path(path).suffix.lower())
-    if compression:
-        if stop == 0:
-            raise OSError("it is empty")  # which pyarrow would take for an empty text
-        stop = math.inf
+    if compression and stop == 0:
+        raise OSError("it is empty")  # which pyarrow would take for an empty text
+    stop = math.inf if compression else stop
     with io.BufferedReader(pyarrow.input_stream(path, compression=compression), 2**20) as file:
         if start:
             file.seek(start)
@@ -261,15 +262,12 @@ def write_part(folder, part, meta, max_tokens, skip_bad, workers, bar):
 
 
 def write_folder(folder, parts, at_least, meta, max_tokens, skip_bad, workers, bar):
-    """Write the parts that are not there yet, and then meta.json; return it. Until then it is unfinished.json.
-
-    Raises BadInput if the folder holds anything else, or its disk has no room for at_least tokens.
-    """
+    """Write the parts that are not there yet, and then meta.json; return it. Until then it is unfinished.json."""
     unfinished, job = folder / "unfinished.json", meta["job"]
     there = {path.name for path in folder.iterdir()} - {"unfinished.json.tmp"} if folder.is_dir() else set()
     if there and unfinished.name not in there:
-        kind = Taken if "meta.json" in there else BadInput
-        raise kind(f"--out_dir={folder} exists already: delete it, or give another")
+        error = Taken if "meta.json" in there else BadInput
+        raise error(f"--out_dir={folder} exists already: delete it, or give another")
     disk, done = folder if folder.exists() else folder.parent, sum(p.stat().st_size for p in folder.glob("*.bin"))
     free = shutil.disk_usage(disk).free + done
     if 2 * at_least > free:
@@ -306,7 +304,7 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     """Tokenize `sources` (a list, as --source has it) into the folder out_dir and return its meta.json as a dict.
 
     What is None takes SOURCES' value for this kind of source, `workers` the number of cores. Raises BadInput; then
-    out_dir holds the parts that were finished, with unfinished.json, or is not there.
+    out_dir holds the finished parts and unfinished.json, or is not there.
     """
     kind = sources[0] if sources[0] in SOURCES else "files"
     given = dict(out_dir=out_dir, tokenizer=tokenizer, val_fraction=val_fraction, max_tokens=max_tokens)
@@ -356,9 +354,8 @@ def read_meta(data_dir, vocab_size):
         if VOCAB_SIZES.get(tokenizer) != n_vocab or not all(isinstance(count, int) for count in counts):
             raise ValueError(f"tokenizer={tokenizer!r}, vocab_size={n_vocab!r}, tokens={counts}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        mend = f"python prepare_pile.py --source FILES --out_dir {data_dir}"
         reason = f"{path} is missing or damaged ({type(error).__name__}: {error})"
-        raise BadInput(f"--data_dir={data_dir}: {reason}: correct it, or make it by `{mend}`") from None
+        raise BadInput(f"--data_dir={data_dir}: {reason}: correct it, or make it by prepare_pile.py") from None
     if n_vocab > vocab_size:
         raise BadInput(f"{path}: tokenizer {tokenizer} has {n_vocab} tokens, the model only --vocab_size={vocab_size}: "
                        f"give --vocab_size={math.ceil(n_vocab / 64) * 64}, or other data")  # fmt: skip
@@ -388,11 +385,10 @@ def permute(i, n, seed, epoch):
 class TokenData:
     """One split of a folder made by prepare_pile.py, as sequences of block_size + 1 tokens in memory-mapped files.
 
-    Raises BadInput that names the file if one is missing, cut short, or holds token ids outside the vocabulary: the
-    first CHECKED tokens of the split are checked at once, the others when they are read.
+    Raises BadInput that names the file if one is missing, cut short, or holds token ids outside the vocabulary.
     """
 
-    CHECKED = 2**24
+    CHECKED = 2**24  # tokens that are looked at when the split is opened; the others are when they are read
 
     def __init__(self, data_dir, split, meta, block_size, vocab_size):
         self.block_size, self.vocab_size = block_size, vocab_size
