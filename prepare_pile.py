@@ -5,716 +5,344 @@
     python prepare_pile.py --source 'shards/*.jsonl.zst' --out_dir data/mine
     python prepare_pile.py --source notes/ book.txt --tokenizer bytes --out_dir data/notes
 
-Several --workers take the shards of the source in parallel. Killed, the same command goes on: it loses the shards that
-were in progress. What it writes into --out_dir, which appears whole, at the end, or not at all:
-    train_000.bin, train_001.bin, ...   token ids, flat little-endian uint16; every document ends with <|endoftext|>
-    val.bin                             the validation split, in the same form
-    meta.json                           tokenizer, vocab_size, counts of tokens and documents, source
-
-A document goes to validation if the hash of its text falls below --val_fraction, so the split depends neither on the
-order of the documents nor on the number of workers; equal documents always fall on the same side. TokenData reads such
-a folder back, as sequences for training.
+The source is a list of parts: a shard of the Pile, a piece of a large file, or a group of small files. Part 12 becomes
+    train_012.bin    token ids, flat little-endian uint16; every document ends with <|endoftext|>
+    val_012.bin      the documents held out, in the same form: those whose text has a small hash, whatever their order
+With the last part, unfinished.json becomes meta.json (tokenizer, counts, source): a folder without it is not data.
+Killed, the same command goes on with the first part that is missing. TokenData reads such a folder back, for training.
 """
 
-import argparse
 import collections
-import concurrent.futures
 import contextlib
-import copy
 import glob
-import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
 import sysconfig
-import threading
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import tiktoken
 from tqdm import tqdm
 
-PILE = "monology/pile-uncopyrighted"
-PILE_TOKENS = 31.5e9  # GPT-2 tokens in it
+from command import BadInput, Parser, run_command
+
+PILE, PILE_TOKENS = "monology/pile-uncopyrighted", 31.5e9  # by GPT-2's tokenizer
 PAPER_TOKENS = 60_000 * 512 * 1024  # what Table 8 trains on: steps * sequences * tokens
 # What depends on the source: where it goes, how it is tokenized, how much is held out, and how much is enough.
 SOURCES = {
     "pile": dict(out_dir="data/pile", tokenizer="gpt2", val_fraction=0.001, max_tokens=PAPER_TOKENS),
-    "stdlib": dict(out_dir="data/stdlib", tokenizer="bytes", val_fraction=0.05, max_tokens=None),
-    "files": dict(out_dir="data/files", tokenizer="gpt2", val_fraction=0.05, max_tokens=None),
+    "stdlib": dict(out_dir="data/stdlib", tokenizer="bytes", val_fraction=0.05, max_tokens=math.inf),
+    "files": dict(out_dir="data/files", tokenizer="gpt2", val_fraction=0.05, max_tokens=math.inf),
 }
 VOCAB_SIZES = dict(gpt2=50257, bytes=257)  # with <|endoftext|>
-SHARD_TOKENS = 10**8  # 200 MB
-UNIT_BYTES = 2**26  # small files are taken together until they have so many bytes
-BATCH_CHARS = 2**20  # text handed to a worker at a time
-TEXT_PIECE = 2**20  # a plain text file is cut at line ends into documents of about so many bytes: memory stays flat
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input, one line each (train.py and sample.py use these too)
-
-
-class BadInput(Exception):
-    """Something the user can mend. The message names the flag or file, its value and the mend."""
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+PART_BYTES = 2**28  # of files in a part: about a minute of a core's work, which is what a kill can cost
+TEXT_PIECE = 2**20  # plain text is cut at line ends into documents of about so many bytes: memory stays flat
+BATCH_CHARS = 2**18  # text handed to a worker at a time
 
 
 class Taken(BadInput):
     """The folder of data is there already, or another process is making it."""
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that does not guess at shortened flags and reports an error in one line."""
-
-    def __init__(self, description, **kwargs):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise BadInput(f"{message} (--help lists the flags)")
-
-
-def run_command(main, silent=lambda: False):
-    """Run main(); bad input ends in one line on standard error (unless silent()) and status 2, Ctrl-C in status 130."""
-    try:
-        main()
-    except BadInput as error:
-        message = " ".join(str(error).split())  # one line, whatever a library put into it
-        if not silent():
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `python sample.py | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
 def get_tokenizer(name):
     """A tiktoken.Encoding: "gpt2" (50257 tokens) or "bytes" (256 bytes and <|endoftext|>: 257). Raises BadInput."""
     if name == "bytes":
-        return tiktoken.Encoding(
-            name="bytes",
-            pat_str=r"[\s\S]+",
-            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-            special_tokens={"<|endoftext|>": 256},
-        )
-    if name not in VOCAB_SIZES:
+        ranks, special = {bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256}
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens=special)
+    if name != "gpt2":
         raise BadInput(f"tokenizer {name!r} is unknown: choose gpt2 or bytes")
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # requests' connection errors are OSErrors
-        cache = os.environ.get("TIKTOKEN_CACHE_DIR", "")
-        raise BadInput(
-            f"the gpt2 vocabulary is not in TIKTOKEN_CACHE_DIR={cache} and cannot be "
-            f"downloaded ({type(error).__name__}): run `TIKTOKEN_CACHE_DIR=DIR python -c 'import tiktoken; "
-            'tiktoken.get_encoding("gpt2")\'` on a machine that is online, copy DIR here and set TIKTOKEN_CACHE_DIR '
-            "to it; or prepare the data with --tokenizer bytes"
-        ) from None
+        mend = "set TIKTOKEN_CACHE_DIR to a folder that tiktoken has filled elsewhere, or give --tokenizer bytes"
+        raise BadInput(f"the gpt2 vocabulary cannot be downloaded ({type(error).__name__}): {mend}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The source and its parts
+
+
+def find_parts(sources):
+    """The parts of a source: numbers of the Pile's shards, or lists of pieces of files. Raises BadInput."""
+    if len(sources) > 1 and {"pile", "stdlib"} & set(sources):
+        raise BadInput(f"--source {' '.join(sources)}: pile and stdlib stand alone, not beside others")
+    if sources == ["pile"]:
+        with the_pile() as dataset:
+            return list(range(dataset.num_shards))
+    paths = standard_library_files() if sources == ["stdlib"] else [p for source in sources for p in expand(source)]
+    pieces = []  # (path, start, stop): bytes of a file; only plain text is cut, at line ends
+    for path in {os.path.realpath(path): path for path in paths}.values():  # each file once
+        try:
+            with open(path, "rb") as file:
+                start, size = 0, file.seek(0, os.SEEK_END)
+                while start + PART_BYTES < size and Path(path).suffix.lower() not in (*COMPRESSION, ".parquet"):
+                    file.seek(start + PART_BYTES)
+                    file.readline()
+                    pieces.append((path, start, file.tell()))
+                    start = file.tell()
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+        pieces.append((path, start, size))
+    return list(groups(pieces, PART_BYTES, size=lambda piece: piece[2] - piece[1]))
+
+
+def expand(source):
+    """The files of a file, a folder (all below it but hidden ones) or a glob pattern: a sorted list of paths."""
+    found = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
+    patterns = [glob.escape(path) + ("/**" if os.path.isdir(path) else "") for path in found]
+    files = {path for pattern in patterns for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
+    if not files:
+        raise BadInput(f"--source {source}: no file there: give files, folders, glob patterns, pile or stdlib")
+    return sorted(files)
+
+
+def standard_library_files():
+    """The .py files of this Python's standard library, without its tests and what is installed: a list of paths."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return [str(f) for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
+
+
+def groups(items, enough, size):
+    """Consecutive items in lists, each ended by the item with which their sizes reach `enough`."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= enough:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+@contextlib.contextmanager
+def the_pile():
+    """The Pile as a dataset streamed from the hub. Whatever goes wrong inside the block becomes BadInput."""
+    import datasets  # takes a second
+
+    try:
+        yield datasets.load_dataset(PILE, split="train", streaming=True)
+    except Exception as error:  # each library between here and the hub has its own
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{PILE} cannot be read from the hub ({reason}): give local shards by --source") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading documents
 
 
-class Reader:
-    """Yields the documents of a source as strings, in order; counts the ones skipped as bad.
-
-    A source consists of units(), which workers can read side by side: groups of files, or the Pile's shards.
-    sources: "pile", "stdlib", or files, folders and glob patterns. Files ending in .jsonl, .jsonl.zst, .jsonl.gz and
-    .parquet are shards with a "text" column; every other file is plain text.
-    Raises BadInput that names the file (and line) of a bad document, unless skip_bad.
-    """
-
-    def __init__(self, sources, skip_bad=False):
-        self.sources = sources
-        self.skip_bad = skip_bad
-        self.skipped = 0
-        self.kind = sources[0] if sources[0] in ("pile", "stdlib") else "files"
-        self.paths = []
-        if len(sources) > 1 and set(sources) & {"pile", "stdlib"}:
-            raise BadInput(f"--source {' '.join(sources)}: pile and stdlib stand alone, not beside others")
-        if self.kind == "stdlib":
-            self.skip_bad = True  # an old encoding in some corner of it is no fault of the user
-            self.paths = standard_library_files()
-        elif self.kind == "files":
-            self.paths = list(dict.fromkeys(path for source in sources for path in expand(source)))  # each once
-
-    def units(self):
-        """The source in parts for read(), in order. They do not depend on how many workers there are."""
-        if self.kind == "pile":
-            return list(range(self.hub(PILE).num_shards))
-        units, size = [], UNIT_BYTES
-        for path in self.paths:
-            if size >= UNIT_BYTES:
-                units.append([])
-                size = 0
-            units[-1].append(path)
-            with contextlib.suppress(OSError):  # read() will say so
-                size += os.path.getsize(path)
-        return units
-
-    def __iter__(self):
-        for unit in self.units():
-            yield from self.read(unit)
-
-    def read(self, unit):
-        """The documents of one of the units()."""
-        if self.kind == "pile":
-            yield from self.read_hub(PILE, unit)
-            return
-        for path in unit:
-            name = path.lower()
-            try:
-                if name.endswith((".jsonl", ".jsonl.zst", ".jsonl.gz")):
-                    yield from self.read_jsonl(path)
-                elif name.endswith(".parquet"):
-                    yield from self.read_parquet(path)
-                else:
-                    yield from self.read_text(path)
-            except OSError as error:
-                raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
-
-    def bad(self, message):
-        """Count a bad document under --skip_bad, else stop."""
-        if not self.skip_bad:
-            raise BadInput(f"{message}; mend it, or go on without it by --skip_bad")
-        self.skipped += 1
-
-    def read_text(self, path):
-        with open(path, "rb") as file:
-            offset = 0
-            while lines := file.readlines(TEXT_PIECE):
-                piece = b"".join(lines)
-                try:
-                    yield piece.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    self.bad(f"{path}: not UTF-8 (byte 0x{piece[error.start]:02x} at offset {offset + error.start})")
-                offset += len(piece)
-
-    def read_jsonl(self, path):
-        import zstandard
-
-        number = 0
+def read_part(part):
+    """The documents of a part (a shard's number, or pieces of files), in order: strings, or BadInput for a bad one."""
+    if isinstance(part, int):
+        with the_pile() as dataset:
+            for row in dataset.shard(num_shards=dataset.num_shards, index=part):
+                yield (
+                    row["text"]
+                    if isinstance(row["text"], str)
+                    else BadInput(f'{PILE}: a row whose "text" is no string')
+                )
+        return
+    for path, start, stop in part:
+        name = path.lower().removesuffix(".gz").removesuffix(".zst")
+        read = read_parquet if name.endswith(".parquet") else read_jsonl if name.endswith(".jsonl") else read_text
         try:
-            with open(path, "rb") as raw:
-                lines = raw
-                if path.lower().endswith(".zst"):
-                    lines = zstd_lines(raw)
-                elif path.lower().endswith(".gz"):
-                    lines = gzip.GzipFile(fileobj=raw)
-                for number, line in enumerate(lines, start=1):
-                    if not line.strip():
-                        continue
-                    try:
-                        text = json.loads(line)["text"]
-                        if not isinstance(text, str):
-                            raise TypeError
-                    except UnicodeDecodeError:
-                        self.bad(f"{path} line {number}: not UTF-8")
-                    except json.JSONDecodeError as error:
-                        self.bad(f"{path} line {number}: not JSON ({error.msg} at column {error.colno})")
-                    except RecursionError:
-                        self.bad(f"{path} line {number}: nested too deeply")
-                    except (KeyError, TypeError):
-                        self.bad(f'{path} line {number}: no string "text" in it')
-                    else:
-                        yield text
-        except (zstandard.ZstdError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-            self.bad(f"{path} after line {number}: the compressed file is damaged ({error})")
+            yield from read(path, start, stop)
+        except (OSError, pyarrow.ArrowException, KeyError) as error:
+            yield BadInput(f"{path}: damaged, of a zstd window over 2^27, or without a column of texts ({error})")
 
-    def read_parquet(self, path):
-        import pyarrow
-        import pyarrow.parquet
 
+def read_lines(path, start, stop):
+    """The lines of a piece, or of a whole compressed file, as bytes: lists of about TEXT_PIECE. Raises OSError."""
+    compression = COMPRESSION.get(Path(path).suffix.lower())
+    if compression and stop == 0:
+        raise OSError("it is empty")  # which pyarrow would take for an empty text
+    stop = math.inf if compression else stop
+    with io.BufferedReader(pyarrow.input_stream(path, compression=compression), 2**20) as file:
+        if start:
+            file.seek(start)
+        while start < stop and (lines := file.readlines(min(TEXT_PIECE, stop - start))):
+            yield lines
+            start += sum(map(len, lines))
+
+
+def read_text(path, start, stop):
+    for piece in map(b"".join, read_lines(path, start, stop)):
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                if "text" not in file.schema_arrow.names:
-                    raise pyarrow.ArrowInvalid(f'no column "text" among {file.schema_arrow.names}')
-                row = 0
-                for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                    for text in batch.column("text").to_pylist():
-                        row += 1
-                        if isinstance(text, str):
-                            yield text
-                        else:
-                            self.bad(f'{path} row {row}: no string "text" in it')
-        except pyarrow.ArrowException as error:
-            self.bad(f"{path}: not a parquet shard of texts ({error})")
+            yield piece.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield BadInput(f"{path}: not UTF-8 (byte 0x{piece[error.start]:02x} at offset {start + error.start})")
+        start += len(piece)
 
-    def hub(self, name):
-        import datasets
 
+def read_jsonl(path, start, stop):
+    for number, line in enumerate(itertools.chain.from_iterable(read_lines(path, start, stop)), start=1):
+        where = f"{path} line {number}" + (f" after byte {start}" if start else "")
         try:
-            return datasets.load_dataset(name, split="train", streaming=True)
-        except OSError as error:
-            raise self.no_hub(name, error) from None
-
-    def read_hub(self, name, shard):
-        dataset = self.hub(name)
-        try:
-            for row in dataset.shard(num_shards=dataset.num_shards, index=shard):
-                yield row["text"]
-        except OSError as error:
-            raise self.no_hub(name, error) from None
-
-    def no_hub(self, name, error):
-        return BadInput(
-            f"{name} cannot be read from the hub ({error}): mend the connection, or give local shards by "
-            "--source 'DIR/*.jsonl.zst'"
-        )
+            if line.strip():
+                text = json.loads(line)["text"]
+                yield text if isinstance(text, str) else BadInput(f'{where}: "text" is no string')
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            yield BadInput(f'{where}: not JSON in UTF-8 with a "text" ({type(error).__name__}: {error})')
 
 
-def zstd_lines(raw):
-    """The lines in a file of zstandard frames. Raises EOFError if the last frame is cut short.
-
-    (zstandard's own stream_reader takes a file cut short for one that ends there.)
-    """
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor()
-    frame, rest = None, b""
-    while data := raw.read(2**20):
-        while data:
-            frame = frame or decompressor.decompressobj()
-            *lines, rest = (rest + frame.decompress(data)).split(b"\n")
-            yield from lines
-            data = frame.unused_data
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("it ends in the middle of a frame")
-    if rest:
-        yield rest
-
-
-def standard_library_files():
-    """The .py files of this Python's standard library, sorted: a list of paths.
-
-    Neither what is installed into it nor its own tests, which many distributions leave out.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    files = [str(f) for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
-    if not files:
-        raise BadInput(f"--source stdlib: {root} holds no .py files; give text of your own by --source")
-    return files
-
-
-def expand(pattern):
-    """A file, a folder (every file below it but hidden ones) or a glob pattern (** for any depth): a list of paths."""
-    paths = []
-    for path in sorted(glob.glob(pattern, recursive=True)) or ([pattern] if os.path.exists(pattern) else []):
-        if os.path.isdir(path):
-            below = (p for p in sorted(Path(path).rglob("*")) if p.is_file())
-            paths += [str(p) for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        else:
-            paths.append(path)
-    if not paths:
-        raise BadInput(f"--source {pattern}: no files there; give a file, a folder, a glob pattern, pile or stdlib")
-    return paths
+def read_parquet(path, start, stop):
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+            for text in batch.column("text").to_pylist():
+                yield text if isinstance(text, str) else BadInput(f'{path}: a {type(text)} in column "text"')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizing and writing
 
 
-def in_validation(text, val_fraction):
-    """Whether a document belongs to the validation split: its hash, as a fraction of all hashes, is small enough."""
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "big") < val_fraction * 2**64
-
-
-def tokenize(texts, tokenizer, val_fraction):
-    """A list of texts -> a list of (tokens uint16 with <|endoftext|> at the end, length in bytes, in validation?)."""
-    documents = []
-    for text in texts:
-        try:
-            raw = text.encode("utf-8")
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON's \ud83d can spell but UTF-8 cannot
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            raw = text.encode("utf-8")
-        # disallowed_special=(): a text that spells "<|endoftext|>" is text like any other
-        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-        tokens = np.append(tokens, tokenizer.eot_token).astype("<u2")
-        documents.append((tokens, len(raw), in_validation(raw, val_fraction)))
-    return documents
-
-
-def batches(documents):
-    """Group documents into lists of about BATCH_CHARS characters."""
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def ordered_map(executor, function, items, window):
-    """Like executor.map, but at most `window` items are in flight, so memory does not grow with the input."""
-    pending = collections.deque()
-    for item in items:
-        pending.append(executor.submit(function, item))
-        if len(pending) >= window:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-class ShardWriter:
-    """Writes documents to folder/name.bin or, with shard_tokens, to name_000.bin, name_001.bin and so on."""
-
-    def __init__(self, folder, name, shard_tokens=None):
-        self.folder, self.name, self.shard_tokens = Path(folder), name, shard_tokens
-        self.tokens = self.documents = self.shards = 0
-        self.left = 0  # tokens that still fit into the open shard
-        self.file = None
-
-    def write(self, tokens):
-        self.documents += 1
-        while len(tokens):
-            if self.left == 0:
-                self.close()
-                name = f"{self.name}_{self.shards:03d}.bin" if self.shard_tokens else f"{self.name}.bin"
-                self.file = open(self.folder / name, "wb")
-                self.shards += 1
-                self.left = self.shard_tokens or sys.maxsize
-            here, tokens = tokens[: self.left], tokens[self.left :]
-            self.file.write(here.tobytes())  # not tofile(), which lets a full disk pass in silence
-            self.left -= len(here)
-            self.tokens += len(here)
-
-    def close(self):
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-        self.file = None
-
-
-def prepare_unit(folder, number, reader, unit, tokenizer, val_fraction, max_tokens, shard_tokens, threads, advance):
-    """Tokenize one unit of a source into folder/unit-NUMBER, which appears whole, at the end, or not at all.
-
-    It holds train_000.bin, ..., val.bin and counts.json. Stops with the document that reaches max_tokens. advance is
-    called with the bytes of text and the tokens that were added.
-    """
-    reader, tokenizer = copy.copy(reader), get_tokenizer(tokenizer)
-    reader.skipped = 0
-    temporary = folder / f"unfinished-{number}-{os.getpid()}"  # another process may still be at it, though orphaned
-    temporary.mkdir()
-    train, val = ShardWriter(temporary, "train", shard_tokens), ShardWriter(temporary, "val")
-    with concurrent.futures.ThreadPoolExecutor(threads) as executor:  # tiktoken works outside the interpreter lock
-        work = ordered_map(
-            executor,
-            lambda texts: tokenize(texts, tokenizer, val_fraction),
-            batches(reader.read(unit)),
-            window=2 * threads,
-        )
-        for tokens, n_bytes, held_out in itertools.chain.from_iterable(work):
-            (val if held_out else train).write(tokens)
-            advance(n_bytes, len(tokens))
-            if train.tokens >= max_tokens:
-                break
-    train.close()
-    val.close()
-    counts = dict(train_tokens=train.tokens, val_tokens=val.tokens, train_documents=train.documents,
-                  val_documents=val.documents, skipped_documents=reader.skipped, shards=train.shards)  # fmt: skip
-    (temporary / "counts.json").write_text(json.dumps(counts))
-    finished = folder / f"unit-{number}"
+def tokenize(text, tokenizer, val_fraction):
+    """A text -> tokens (uint16) that end with <|endoftext|>, length in bytes, and whether it is held out."""
+    if isinstance(text, BadInput):
+        return text  # write_part() decides on it, in order
     try:
-        os.replace(temporary, finished)
-    except OSError:
-        if not finished.exists():  # else an orphaned process was faster, with the same bytes
-            raise
-        shutil.rmtree(temporary, ignore_errors=True)
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON's \ud83d can spell but UTF-8 cannot
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        raw = text.encode("utf-8")
+    # disallowed_special=(): a text that spells "<|endoftext|>" is text like any other
+    tokens = np.append(tokenizer.encode_to_numpy(text, disallowed_special=()), tokenizer.eot_token)
+    digest = hashlib.blake2b(raw, digest_size=8).digest()
+    return tokens.astype("<u2"), len(raw), int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
-class Progress:
-    """Bytes of text and tokens so far, counted by several processes."""
-
-    def __init__(self, context):
-        self.values = context.Array("q", 2)
-
-    def __call__(self, n_bytes, n_tokens):
-        with self.values.get_lock():
-            self.values[0] += n_bytes
-            self.values[1] += n_tokens
-
-    def show(self, bar):
-        n_bytes, n_tokens = self.values
-        elapsed = max(bar.format_dict["elapsed"], 1e-9)
-        bar.set_postfix_str(f"{n_tokens / 1e6:.1f}M tokens, {n_tokens / elapsed / 1e6:.2f}M tokens/s", refresh=False)
-        bar.update(n_bytes - bar.n)
-
-
-def start_worker(progress):
-    """In each worker process. Ctrl-C is its parent's business; should that be killed, it ends too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    start_worker.progress = progress
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def work_on(*arguments, **options):
-    prepare_unit(*arguments, advance=start_worker.progress, **options)
-
-
-def prepare_units(folder, reader, units, workers, max_tokens, bar, **options):
-    """prepare_unit for all units that are not in folder yet, or as many of the first as reach max_tokens."""
-
-    def enough():
-        return max_tokens < math.inf and sum(c["train_tokens"] for c in read_counts(folder)) >= max_tokens
-
-    todo = [number for number in range(len(units)) if not (folder / f"unit-{number}").exists()]
-    for rest in folder.glob("unfinished-*"):  # of a run that was killed
-        shutil.rmtree(rest, ignore_errors=True)
-    if todo and len(todo) < len(units):
-        bar.write(f"{folder}: {len(units) - len(todo)} of {len(units)} parts are there, going on")
-    context = multiprocessing.get_context("spawn")
-    progress = Progress(context)
-    processes = min(workers, len(todo))
-    options |= dict(max_tokens=max_tokens, threads=math.ceil(workers / max(1, processes)))
-    if processes <= 1:
-
-        def advance(n_bytes, n_tokens):
-            progress(n_bytes, n_tokens)
-            progress.show(bar)
-
-        for number in todo:
-            if enough():
-                break
-            prepare_unit(folder, number, reader, units[number], advance=advance, **options)
-        return
-    try:
-        with concurrent.futures.ProcessPoolExecutor(processes, context, start_worker, (progress,)) as executor:
-            try:
-                running = set()
-                while (todo or running) and not enough():
-                    while todo and len(running) < processes:
-                        number = todo.pop(0)
-                        running.add(executor.submit(work_on, folder, number, reader, units[number], **options))
-                    done, running = concurrent.futures.wait(running, 0.5, concurrent.futures.FIRST_COMPLETED)
-                    progress.show(bar)
-                    for future in done:
-                        future.result()
-            finally:  # whatever they are at is not needed any more
-                for process in multiprocessing.active_children():
-                    process.terminate()
-    except concurrent.futures.BrokenExecutor:
-        raise BadInput(
-            f"--workers={workers}: one of them was killed (no memory?): the same command goes on from the shards that "
-            "are finished, perhaps with fewer workers"
-        ) from None
-
-
-def read_counts(folder):
-    """counts.json of units 0, 1, ... up to the first that is not finished."""
-    counts = []
-    while (path := folder / f"unit-{len(counts)}" / "counts.json").exists():
-        counts.append(json.loads(path.read_text()))
-    return counts
-
-
-def join_units(folder, max_tokens, eot_token):
-    """Turn folder's units into train_000.bin, ... and val.bin; return the counts. May be killed and done again."""
-    total = collections.Counter()
-    with open(folder / "val.bin", "wb") as val:
-        for number, counts in enumerate(read_counts(folder)):
-            before = total["train_tokens"]
-            if before >= max_tokens:
-                break
-            unit = folder / f"unit-{number}"
-            for shard in range(counts["shards"]):
-                source, target = unit / f"train_{shard:03d}.bin", folder / f"train_{total['shards'] + shard:03d}.bin"
-                if source.exists():  # else an earlier try has moved it
-                    os.replace(source, target)
-            if (unit / "val.bin").exists():
-                with open(unit / "val.bin", "rb") as part:
-                    shutil.copyfileobj(part, val)
-            shards = [folder / f"train_{total['shards'] + shard:03d}.bin" for shard in range(counts["shards"])]
-            total.update(counts)
-            if total["train_tokens"] > max_tokens:  # the document that reaches it is the last
-                total.subtract({name: counts[name] for name in ("train_tokens", "train_documents", "shards")})
-                total.update(cut(shards, max_tokens - before, eot_token))
-        val.flush()
-        os.fsync(val.fileno())
-    return total
-
-
-def cut(shards, n_tokens, eot_token):
-    """Cut a unit's shards after the document that reaches n_tokens; return what is left."""
-    left = collections.Counter(train_tokens=0, train_documents=0, shards=0)
-    ended = False
-    for path in shards:
-        if ended:
-            path.unlink(missing_ok=True)
-            continue
-        tokens = np.memmap(path, dtype="<u2", mode="r")
-        ends = np.flatnonzero(tokens == eot_token) + 1  # of documents
-        enough = ends[ends >= n_tokens - left["train_tokens"]]
-        ended = len(enough) > 0
-        length = int(enough[0]) if ended else len(tokens)
-        left.update(train_tokens=length, train_documents=int((ends <= length).sum()), shards=1)
-        del tokens
-        os.truncate(path, 2 * length)
-    return left
+def tokenize_ahead(documents, tokenizer, val_fraction, workers):
+    """What tokenize() makes of documents, in order, by threads that work ahead, but not so far that memory grows."""
+    with ThreadPoolExecutor(workers) as executor:  # tiktoken has most of the work, and needs no interpreter lock
+        pending = collections.deque()
+        for texts in groups(documents, BATCH_CHARS, size=lambda text: len(str(text))):
+            pending.append(executor.submit(lambda texts: [tokenize(t, tokenizer, val_fraction) for t in texts], texts))
+            if len(pending) >= 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
 
 
 @contextlib.contextmanager
-def alone(path):
-    """Hold the file `path` for this process alone, and remove it in the end. Raises Taken if another one holds it."""
+def new_file(path):
+    """A binary file to write. It takes the name `path` at the end, when it is whole and on the disk, or never."""
+    with open(f"{path}.tmp", "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_part(folder, part, meta, max_tokens, skip_bad, workers, bar):
+    """Tokenize the part after those that meta counts, up to the document that reaches max_tokens; add it to meta."""
+    name = f"{meta['parts']:03d}.bin"
+    documents = tokenize_ahead(read_part(part), get_tokenizer(meta["tokenizer"]), meta["val_fraction"], workers)
+    with new_file(folder / f"train_{name}") as train, new_file(folder / f"val_{name}") as val:
+        for document in documents:
+            if isinstance(document, BadInput):
+                if not skip_bad:
+                    raise BadInput(f"{document}; mend it, or go on without it by --skip_bad")
+                meta["skipped_documents"] += 1
+                continue
+            tokens, n_bytes, held_out = document
+            split, file = ("val", val) if held_out else ("train", train)
+            file.write(tokens)
+            meta[f"{split}_tokens"] += len(tokens)
+            meta[f"{split}_documents"] += 1
+            if meta["train_tokens"] >= max_tokens:
+                break
+            bar.update(n_bytes)
+    meta["parts"] += 1
+
+
+def write_folder(folder, parts, at_least, meta, max_tokens, skip_bad, workers, bar):
+    """Write the parts that are not there yet, and then meta.json; return it. Until then it is unfinished.json."""
+    unfinished, job = folder / "unfinished.json", meta["job"]
+    there = {path.name for path in folder.iterdir()} - {"unfinished.json.tmp"} if folder.is_dir() else set()
+    if there and unfinished.name not in there:
+        error = Taken if "meta.json" in there else BadInput
+        raise error(f"--out_dir={folder} exists already: delete it, or give another")
+    disk, done = folder if folder.exists() else folder.parent, sum(p.stat().st_size for p in folder.glob("*.bin"))
+    free = shutil.disk_usage(disk).free + done
+    if 2 * at_least > free:
+        sizes = f"about {2 * at_least / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free there"
+        raise BadInput(f"--out_dir={folder}: {sizes}: make room, give another, or a lower --max_tokens")
+    if unfinished.exists():
+        meta = json.loads(unfinished.read_text())
+        bar.write(f"{folder}: {meta['parts']} of {len(parts)} parts are there, going on")
+        if meta["job"] != job:
+            raise BadInput(f"{folder} holds parts made by other flags or of other files: give those, or delete it")
+    folder.mkdir(exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # Windows: two at the same time are the user's to avoid
-        yield
-        return
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Taken(f"{path}: another process is preparing the same data: wait for it") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        while True:
+            with new_file(unfinished) as file:
+                file.write(json.dumps(meta, indent=2).encode() + b"\n")
+            if meta["parts"] == len(parts) or meta["train_tokens"] >= max_tokens:
+                break
+            write_part(folder, parts[meta["parts"]], meta, max_tokens, skip_bad, workers, bar)
+        n_train, n_val, n_bad = (meta[f"{name}_documents"] for name in ("train", "val", "skipped"))
+        if n_train == 0 or n_val == 0:
+            meta["parts"] = 0  # they are of no use
+            mend = "give another, or more documents (`split -C 4k FILE` makes many of one)"
+            raise BadInput(f"--val_fraction={meta['val_fraction']} gives {n_train} documents to train and {n_val} to "
+                           f"validate by ({n_bad} are skipped as bad), where each needs one: {mend}")  # fmt: skip
+    finally:
+        if meta["parts"] == 0:  # nothing to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder / "meta.json")
+    return meta
 
 
-def check_free(out_dir):
-    """Raise Taken unless the folder can be made: it is not there, or empty."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()) or out_dir.samefile(".")):
-        raise Taken(f"--out_dir={out_dir} exists already: delete it, or give another")
-
-
-def least_tokens(reader, tokenizer):
-    """About the fewest tokens to expect, for the check of the disk."""
-    if reader.kind == "pile":
-        return PILE_TOKENS
-    size = 0
-    for path in reader.paths:
-        with contextlib.suppress(OSError):
-            size += os.path.getsize(path) * (2.5 if path.lower().endswith((".zst", ".gz", ".parquet")) else 1)
-    return size / 4.5 if tokenizer == "gpt2" else 0.9 * size  # bytes a token; JSON's own characters are no text
-
-
-def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens=None, shard_tokens=SHARD_TOKENS,
-            workers=None, skip_bad=False, quiet=False):  # fmt: skip
-    """Tokenize `sources` (a list, see Reader) into the folder out_dir and return its meta.json as a dict.
+def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens=None, workers=None, skip_bad=False,
+            quiet=False):  # fmt: skip
+    """Tokenize `sources` (a list, as --source has it) into the folder out_dir and return its meta.json as a dict.
 
     What is None takes SOURCES' value for this kind of source, `workers` the number of cores. Raises BadInput; then
-    out_dir is as it was before, and out_dir.unfinished holds the parts that were finished, if any.
+    out_dir holds the finished parts and unfinished.json, or is not there.
     """
-    reader = Reader(sources, skip_bad)
-    default = SOURCES[reader.kind]
-    out_dir = Path(default["out_dir"] if out_dir is None else out_dir)
-    tokenizer = default["tokenizer"] if tokenizer is None else tokenizer
-    eot_token = get_tokenizer(tokenizer).eot_token
-    val_fraction = default["val_fraction"] if val_fraction is None else val_fraction
-    max_tokens = default["max_tokens"] if max_tokens is None else max_tokens
-    max_tokens = math.inf if max_tokens is None else max_tokens
-    workers = (os.cpu_count() or 1) if workers is None else workers
+    kind = sources[0] if sources[0] in SOURCES else "files"
+    given = dict(out_dir=out_dir, tokenizer=tokenizer, val_fraction=val_fraction, max_tokens=max_tokens)
+    flags = SOURCES[kind] | {name: value for name, value in given.items() if value is not None}
+    out_dir, tokenizer, val_fraction, max_tokens = flags.values()
+    folder, workers = Path(out_dir), (os.cpu_count() or 1) if workers is None else workers
     if not 0 < val_fraction < 1:
         raise BadInput(f"--val_fraction={val_fraction} must lie between 0 and 1, both excluded")
-    for flag, value in dict(max_tokens=max_tokens, shard_tokens=shard_tokens, workers=workers).items():
-        if value < 1:
-            raise BadInput(f"--{flag}={value} must be at least 1")
+    if max_tokens < 1 or workers < 1:
+        raise BadInput(f"--max_tokens={max_tokens} and --workers={workers} must be at least 1")
+    get_tokenizer(tokenizer)  # what is wrong with it is said before anything is written
+    parts = find_parts(sources)
+    at_least = PILE_TOKENS if kind == "pile" else sum(stop - start for part in parts for _, start, stop in part) / 4.5
+    job = json.dumps([parts, tokenizer, val_fraction, max_tokens])  # all that decides on the bytes
+    meta = dict(source=PILE if kind == "pile" else sources, tokenizer=tokenizer, vocab_size=VOCAB_SIZES[tokenizer],
+                dtype="uint16", val_fraction=val_fraction, job=hashlib.sha256(job.encode()).hexdigest(), parts=0,
+                train_tokens=0, val_tokens=0, train_documents=0, val_documents=0, skipped_documents=0)  # fmt: skip
+    bar = tqdm(desc=str(folder), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1)
     try:
-        out_dir = out_dir.resolve() if out_dir.is_symlink() else out_dir
-        check_free(out_dir)
-        new_parent = not out_dir.parent.exists()
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = 2 * min(max_tokens, least_tokens(reader, tokenizer)), shutil.disk_usage(out_dir.parent).free
-    except OSError as error:
-        raise BadInput(f"--out_dir={out_dir} cannot be made ({error.strerror}): give another") from None
-    folder = out_dir.with_name(out_dir.name + ".unfinished")
-    there = sum(path.stat().st_size for path in folder.rglob("*.bin"))
-    if needed > free + there:
-        raise BadInput(
-            f"--out_dir={out_dir}: about {needed / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free there: make "
-            "room, give another, or a lower --max_tokens"
-        )
-    job = dict(source=sources, tokenizer=tokenizer, val_fraction=val_fraction, shard_tokens=shard_tokens,
-               max_tokens=None if max_tokens == math.inf else max_tokens)  # fmt: skip
-    try:
-        with alone(out_dir.with_name(out_dir.name + ".lock")):
-            check_free(out_dir)  # another process may just have made it
+        with filelock.FileLock(f"{folder}.lock", timeout=0) as lock, bar:  # this makes the folder above, too
             try:
-                return prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, quiet)
-            finally:  # while no other process may be at work in it
-                if folder.exists() and not any(folder.glob("unit-*")):
-                    shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from
+                skip_bad = skip_bad or kind == "stdlib"  # what this machine's Python holds is no fault of the user
+                meta = write_folder(folder, parts, min(max_tokens, at_least), meta, max_tokens, skip_bad, workers, bar)
+            finally:
+                with contextlib.suppress(OSError):  # Windows does so by itself, later
+                    os.unlink(lock.lock_file)
+    except filelock.Timeout:
+        raise Taken(f"--out_dir={folder}: another process is preparing the same data: wait for it") from None
     except OSError as error:
-        raise BadInput(f"--out_dir={out_dir} cannot be written ({error.strerror}): make room or give another") from None
-    finally:
-        if new_parent and not any(out_dir.parent.iterdir()):
-            out_dir.parent.rmdir()
-
-
-def prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, quiet):
-    """The work of prepare(), in `folder`, which takes the name out_dir in the end."""
-    units = reader.units()
-    job |= dict(units=units, bytes=[os.path.getsize(path) for path in reader.paths if os.path.exists(path)])
-    folder.mkdir(exist_ok=True)
-    job_path = folder / "job.json"
-    if job_path.exists() and any(folder.glob("unit-*")) and json.loads(job_path.read_text()) != job:
-        raise BadInput(
-            f"{folder} holds parts made by other flags or from other files: give those that it was started with "
-            "(job.json in it), or delete it"
-        )
-    job_path.write_text(json.dumps(job))
-    options = {name: job[name] for name in ("tokenizer", "val_fraction", "shard_tokens")}
-    with tqdm(desc=str(out_dir), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1) as bar:
-        prepare_units(folder, reader, units, workers, max_tokens, bar, **options)
-    total = join_units(folder, max_tokens, eot_token)
-    n_documents = total["train_documents"] + total["val_documents"]
-    empty = None
-    if n_documents == 0:
-        empty = f"--source {' '.join(reader.sources)}: no document in it ({total['skipped_documents']} skipped as bad)"
-    for split, name in (("validation", "val"), ("training", "train")):
-        if not empty and total[f"{name}_tokens"] == 0:
-            better = "" if n_documents == 1 else f"try {0.5 if n_documents < 10 else 0.2}, or "
-            empty = (
-                f"--val_fraction={job['val_fraction']} leaves no {split} document out of {n_documents}: {better}"
-                "give more documents (`split -C 4k FILE` makes many of one)"
-            )
-    if empty:
-        shutil.rmtree(folder)
-        raise BadInput(empty)
-    meta = dict(
-        tokenizer=job["tokenizer"],
-        vocab_size=VOCAB_SIZES[job["tokenizer"]],
-        dtype="uint16",
-        train_tokens=total["train_tokens"],
-        val_tokens=total["val_tokens"],
-        train_documents=total["train_documents"],
-        val_documents=total["val_documents"],
-        skipped_documents=total["skipped_documents"],
-        val_fraction=job["val_fraction"],
-        source=PILE if reader.kind == "pile" else list(reader.sources),
-    )
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    for rest in [*folder.glob("unit-*"), *folder.glob("unfinished-*")]:
-        shutil.rmtree(rest)
-    job_path.unlink()
-    os.replace(folder, out_dir)
+        raise BadInput(f"--out_dir={folder} cannot be written ({error.strerror}): make room or give another") from None
     if not quiet:
-        print(
-            f"{out_dir}: {total['train_tokens']:,} training and {total['val_tokens']:,} validation tokens "
-            f"({total['train_documents']:,} and {total['val_documents']:,} documents, "
-            f"{total['skipped_documents']:,} skipped as bad)"
-        )
+        print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens "
+              f"({meta['skipped_documents']:,} documents skipped as bad)")  # fmt: skip
     return meta
 
 
@@ -725,28 +353,17 @@ def prepare_in(folder, out_dir, reader, job, max_tokens, workers, eot_token, qui
 def read_meta(data_dir, vocab_size):
     """meta.json of a data folder, checked against the model's vocabulary. Raises BadInput."""
     path = Path(data_dir) / "meta.json"
-    if not Path(data_dir).is_dir():
-        mend = f"python prepare_pile.py --source FILES --out_dir {data_dir}"
-        raise BadInput(f"--data_dir={data_dir} is no folder: correct it, or make it by `{mend}`")
     try:
         meta = json.loads(path.read_text())
-        tokenizer, n_vocab = meta["tokenizer"], meta["vocab_size"]
-        counts = (n_vocab, meta["train_tokens"], meta["val_tokens"])
-        if not all(isinstance(count, int) for count in counts) or not isinstance(tokenizer, str):
-            raise TypeError("a value of the wrong type")
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py") from None
+        tokenizer, n_vocab, counts = meta["tokenizer"], meta["vocab_size"], (meta["train_tokens"], meta["val_tokens"])
+        if VOCAB_SIZES.get(tokenizer) != n_vocab or not all(isinstance(count, int) for count in counts):
+            raise ValueError(f"tokenizer={tokenizer!r}, vocab_size={n_vocab!r}, tokens={counts}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} is damaged ({type(error).__name__}: {error}): make the folder again") from None
-    if tokenizer not in VOCAB_SIZES:
-        raise BadInput(f"{path}: tokenizer {tokenizer!r} is unknown: prepare the data again by gpt2 or bytes")
-    if n_vocab != VOCAB_SIZES[tokenizer]:
-        raise BadInput(f"{path}: vocab_size={n_vocab}, but {tokenizer} has {VOCAB_SIZES[tokenizer]}: prepare it again")
+        reason = f"{path} is missing or damaged ({type(error).__name__}: {error})"
+        raise BadInput(f"--data_dir={data_dir}: {reason}: correct it, or make it by prepare_pile.py") from None
     if n_vocab > vocab_size:
-        raise BadInput(
-            f"{path}: tokenizer {tokenizer} has {n_vocab} tokens, the model only --vocab_size={vocab_size}: "
-            f"give --vocab_size={math.ceil(n_vocab / 64) * 64}, or data of another tokenizer"
-        )
+        raise BadInput(f"{path}: tokenizer {tokenizer} has {n_vocab} tokens, the model only --vocab_size={vocab_size}: "
+                       f"give --vocab_size={math.ceil(n_vocab / 64) * 64}, or other data")  # fmt: skip
     return meta
 
 
@@ -759,8 +376,7 @@ def permute(i, n, seed, epoch):
     half = ((n - 1).bit_length() + 1) // 2
     mask = np.uint64(2**half - 1)
     keys = np.random.default_rng([seed, epoch]).integers(2**63, size=4, dtype=np.uint64)
-    i = i.astype(np.uint64)
-    outside = np.ones(len(i), dtype=bool)
+    i, outside = i.astype(np.uint64), np.ones(len(i), dtype=bool)
     while outside.any():
         left, right = i[outside] >> np.uint64(half), i[outside] & mask
         for key in keys:
@@ -772,79 +388,54 @@ def permute(i, n, seed, epoch):
 
 
 class TokenData:
-    """One split of a folder made by prepare_pile.py, as sequences of block_size + 1 tokens in memory-mapped shards.
+    """One split of a folder made by prepare_pile.py, as sequences of block_size + 1 tokens in memory-mapped files.
 
-    Raises BadInput that names the file for missing, empty, odd-sized or incomplete shards and for token ids outside the
-    vocabulary: at once for the first CHECKED tokens of the split, for the others when they are read. Likewise for
-    shards that vanish or shrink later on.
+    Raises BadInput that names the file if one is missing, cut short, or holds token ids outside the vocabulary.
     """
 
-    CHECKED = 2**24
+    CHECKED = 2**24  # tokens that are looked at when the split is opened; the others are when they are read
 
     def __init__(self, data_dir, split, meta, block_size, vocab_size):
-        folder = Path(data_dir)
         self.block_size, self.vocab_size = block_size, vocab_size
-        self.paths = sorted(folder.glob("train_*.bin")) if split == "train" else [folder / "val.bin"]
-        lengths = []
-        for path in self.paths or [folder / "train_000.bin"]:
-            if not path.is_file():
-                raise BadInput(f"{path} is missing: make the folder again by prepare_pile.py")
-            size = path.stat().st_size
-            lengths.append(size // 2)
-            if size == 0:
-                raise BadInput(f"{path} is empty: make the folder again by prepare_pile.py")
-            if size % 2:
-                raise BadInput(
-                    f"{path} has {size} bytes, no whole number of uint16 tokens: it is damaged, copy it again"
-                )
-        unchecked = self.CHECKED
-        for shard, length in enumerate(lengths):
-            if unchecked > 0:
-                self.read(shard, 0, min(length, unchecked))
-                unchecked -= length
-        n_tokens = sum(lengths)
-        if n_tokens != meta[f"{split}_tokens"]:
-            raise BadInput(
-                f"{self.paths[0]}: the {split} split holds {n_tokens} tokens where meta.json counts "
-                f"{meta[f'{split}_tokens']}: a shard is missing, cut short or left over, copy the folder again"
-            )
-        # Sequence s of a shard is its tokens s * block_size ... (s + 1) * block_size: the last one is only a target.
-        self.first_sequence = np.cumsum([0] + [(length - 1) // block_size for length in lengths])
+        self.paths = sorted(Path(data_dir).glob(f"{split}*.bin"))  # val.bin, too, of earlier versions
+        sizes, n_tokens = [path.stat().st_size for path in self.paths], meta[f"{split}_tokens"]
+        first = [*self.paths, Path(data_dir) / f"{split}_000.bin"][0]
+        if sum(sizes) != 2 * n_tokens:
+            raise BadInput(f"{first}: all {split} files have {sum(sizes)} bytes, where meta.json has {n_tokens} tokens "
+                           "of 2: one is missing, cut short or left over, copy the folder again")  # fmt: skip
+        # Sequence s of a file is its tokens s * block_size ... (s + 1) * block_size: the last one is only a target.
+        self.first_sequence = np.cumsum([0] + [max(0, size // 2 - 1) // block_size for size in sizes])
         if len(self) == 0:
-            raise BadInput(
-                f"{self.paths[0]}: {n_tokens} tokens are not one sequence of --block_size={block_size} and its target: "
-                "lower --block_size or prepare more text"
-            )
+            raise BadInput(f"{first}: {n_tokens} tokens are not one sequence of --block_size={block_size} and its "
+                           "target: lower --block_size or prepare more text")  # fmt: skip
+        unchecked = self.CHECKED
+        for file, size in enumerate(sizes):
+            if count := min(size // 2, unchecked):
+                self.read(file, 0, count)
+                unchecked -= count
 
     def __len__(self):
         return int(self.first_sequence[-1])
 
-    def read(self, shard, start, count):
-        """Tokens start ... start + count - 1 of a shard, checked.
-
-        Mapped anew each time: a map that stays would count every page it ever touched as this process's memory, and
-        end the process without a word where its file has shrunk.
-        """
-        path = self.paths[shard]
+    def read(self, file, start, count):
+        """Tokens start ... start + count - 1 of a file, checked."""
+        # Mapped anew each time: a map that stays would count every page it ever touched as this process's memory, and
+        # end the process without a word where its file has shrunk.
+        path = self.paths[file]
         try:
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=2 * start, shape=(count,))
         except (OSError, ValueError) as error:
             raise BadInput(f"{path} has vanished or shrunk ({error}): put it back as it was") from None
         if tokens.max() >= self.vocab_size:
-            raise BadInput(
-                f"{path} holds token id {tokens.max()}, but --vocab_size={self.vocab_size}: it is damaged, or made by "
-                "another tokenizer; give its own --vocab_size or prepare it again"
-            )
+            raise BadInput(f"{path} holds token id {tokens.max()}, but --vocab_size={self.vocab_size}: it is damaged, "
+                           "or made by another tokenizer; give its own --vocab_size or prepare it again")  # fmt: skip
         return tokens
 
     def sequences(self, indices):
         """The sequences numbered `indices`, each with its next token: a (len(indices), block_size + 1) int64 array."""
-        rows = []
-        for index in indices:
-            shard = np.searchsorted(self.first_sequence, index, side="right") - 1
-            start = (index - self.first_sequence[shard]) * self.block_size
-            rows.append(self.read(shard, start, self.block_size + 1))
-        return np.stack(rows).astype(np.int64)
+        files = np.searchsorted(self.first_sequence, indices, side="right") - 1
+        starts = (np.asarray(indices) - self.first_sequence[files]) * self.block_size
+        return np.stack([self.read(f, s, self.block_size + 1) for f, s in zip(files, starts)]).astype(np.int64)
 
     def in_order(self, first, count, seed):
         """The numbers of `count` training sequences from position `first` on: a new order for each epoch."""
@@ -859,25 +450,16 @@ class TokenData:
 
 
 def main(argv=None):
-    parser, usual, pile = Parser(__doc__), SOURCES["files"], SOURCES["pile"]
-    parser.add_argument("--source", nargs="+", default=["pile"], metavar="S",
-                        help='pile, stdlib, or files, folders and quoted glob patterns: .jsonl, .jsonl.zst, .jsonl.gz, '
-                             '.parquet (with a "text" column), or plain text')  # fmt: skip
-    parser.add_argument("--out_dir", help="folder to make (data/pile, data/stdlib or data/files)")
-    parser.add_argument("--tokenizer", choices=list(VOCAB_SIZES), help="(gpt2; bytes for stdlib)")
-    parser.add_argument(
-        "--val_fraction",
-        type=float,
-        help=f"share of documents held out ({usual['val_fraction']}; {pile['val_fraction']} for the Pile)",
-    )
-    parser.add_argument(
-        "--max_tokens", type=int, help=f"training tokens to stop at ({pile['max_tokens']} for the Pile)"
-    )
-    parser.add_argument(
-        "--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens in a training shard (%(default)s)"
-    )
-    parser.add_argument("--workers", type=int, help="processes, or threads for a single shard (all cores)")
-    parser.add_argument("--skip_bad", action="store_true", help="leave out and count bad lines and files")
+    parser = Parser(__doc__)
+    flag, usual = parser.add_argument, SOURCES["files"]
+    flag("--source", nargs="+", default=["pile"], metavar="S", help="pile, stdlib, or files, folders, quoted patterns: "
+         '.jsonl and .parquet (with a "text" column) or plain text, also .gz and .zst')  # fmt: skip
+    flag("--out_dir", help="folder to make (data/pile, data/stdlib or data/files)")
+    flag("--tokenizer", choices=list(VOCAB_SIZES), help="(gpt2; bytes for stdlib)")
+    flag("--val_fraction", type=float, help=f"share of documents held out ({usual['val_fraction']}; less for the Pile)")
+    flag("--max_tokens", type=int, help=f"training tokens to stop at ({PAPER_TOKENS} for the Pile)")
+    flag("--workers", type=int, help="threads that tokenize (all cores)")
+    flag("--skip_bad", action="store_true", help="leave out and count bad lines and files")
     args = vars(parser.parse_args(argv))
     prepare(args.pop("source"), **args)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from prepare_pile import BadInput, Parser, get_tokenizer, run_command
+from command import BadInput, Parser, run_command
+from prepare_pile import get_tokenizer
 from train import find_device, load_checkpoint, load_model
 
 

@@ -37,7 +37,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from prepare_pile import SOURCES, BadInput, Parser, Taken, TokenData, prepare, read_meta, run_command
+from command import BadInput, Parser, run_command
+from prepare_pile import SOURCES, Taken, TokenData, prepare, read_meta
 from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,13 +193,15 @@ def find_data(settings, device):
     data_dir = settings.data_dir
     if data_dir is None:
         data_dir = stdlib if settings.scale == "tiny" else pile
-        if data_dir == pile and not Path(pile).exists():
+        if data_dir == pile and not (Path(pile) / "meta.json").exists():
             if device.type != "cpu":
-                raise BadInput(f"--data_dir: {pile} is missing: run python prepare_pile.py, or try --data_dir={stdlib}")
+                raise BadInput(
+                    f"--data_dir: {pile} is not made: run python prepare_pile.py, or try --data_dir={stdlib}"
+                )
             data_dir = stdlib
             if first_here:
                 print(f"{pile} is missing (python prepare_pile.py makes it): a trial on the standard library's sources")
-    while Path(data_dir) == Path(stdlib) and not Path(stdlib).exists():  # it appears whole
+    while Path(data_dir) == Path(stdlib) and not (Path(stdlib) / "meta.json").exists():  # which is written last
         if first_here:
             with contextlib.suppress(Taken):  # another run makes it, or just has
                 prepare(["stdlib"])

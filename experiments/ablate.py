@@ -25,9 +25,9 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
+from command import BadInput, Parser, run_command
 from experiments.bench import machine, save_result
 from experiments.compare import ROUTING, colour_of, curve, draw_curves, legend_below, methods, read_metrics, spread
-from prepare_pile import BadInput, Parser, run_command
 from train import parse_flags, settle
 from unipool import UniPool
 

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 import train
 import unipool
+from command import BadInput, Parser, run_command
 from experiments.bench import machine, save_result
 from experiments.compare import read_metrics, spread
 from experiments.probe import Statistics, WatchedRouter, evaluate
-from prepare_pile import BadInput, Parser, TokenData, read_meta, run_command
+from prepare_pile import TokenData, read_meta
 
 HERE = Path(__file__).parent
 WAYS = {False: ("f of served pairs", "tab:blue"), True: ("with phantom load in f", "tab:red")}

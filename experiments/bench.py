@@ -35,8 +35,8 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-import prepare_pile
-from prepare_pile import BadInput, Parser, get_tokenizer, prepare, run_command, standard_library_files
+from command import BadInput, Parser, run_command
+from prepare_pile import get_tokenizer, prepare, standard_library_files
 from train import Settings, autocast, find_device, peak_flops, save_checkpoint, snapshot
 from unipool import ARCHS, SCALES, UniPool, UniPoolConfig
 
@@ -401,7 +401,6 @@ def bench_prepare(device, args):
             prepare([f"{folder}/{source}"], Path(folder) / f"out{number}", "gpt2", workers=workers, quiet=True)
 
         seconds = in_turn(dict(alone=alone, prepared=prepared), args, "prepare")
-        prepare_pile.UNIT_BYTES = 1  # each shard is a unit
         for i in range(threads):
             os.link(f"{folder}/12.jsonl", f"{folder}/shard{i}.jsonl")
         several = {f"{n}": lambda n=n: prepared("shard*.jsonl", workers=n) for n in (1, threads)}

@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from prepare_pile import BadInput, Parser, run_command
+from command import BadInput, Parser, run_command
 from train import load_checkpoint
 from unipool import UniPoolConfig
 

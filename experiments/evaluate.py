@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from command import BadInput, Parser, run_command
 from experiments.bench import machine, save_result
-from prepare_pile import BadInput, Parser, get_tokenizer, run_command
+from prepare_pile import get_tokenizer
 from train import autocast, find_device, load_checkpoint, load_model
 
 try:

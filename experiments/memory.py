@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from command import BadInput, Parser, run_command
 from experiments.bench import machine, save_result
 from experiments.fake_gpu import WHY_NOT, Watch, fake_gpu
-from prepare_pile import BadInput, Parser, run_command
 from train import Settings, autocast, shard
 from unipool import SCALES, UniPool, UniPoolConfig
 

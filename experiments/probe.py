@@ -25,9 +25,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from command import BadInput, Parser, run_command
 from experiments.bench import machine, save_result
 from experiments.compare import colour_of, label_of, spread
-from prepare_pile import BadInput, Parser, TokenData, read_meta, run_command
+from prepare_pile import TokenData, read_meta
 from train import (
     autocast,
     check_tokenizer,

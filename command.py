@@ -1,0 +1,36 @@
+"""What every command shares: errors that the user can mend end in one line, and flags are not guessed at."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+class BadInput(Exception):
+    """Something the user can mend. The message names the flag or file, its value and the mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that does not guess at shortened flags and reports an error in one line."""
+
+    def __init__(self, description, **kwargs):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
+
+def run_command(main, silent=lambda: False):
+    """Run main(); bad input ends in one line on standard error (unless silent()) and status 2, Ctrl-C in status 130."""
+    try:
+        main()
+    except BadInput as error:
+        message = " ".join(str(error).split())  # one line, whatever a library put into it
+        if not silent():
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `python sample.py | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
