@@ -1881,7 +1881,7 @@ def test_checkpoint_and_metrics_hold_what_is_promised(text_data, tmp_path):
         assert m["tokens"] == m["step"] * 8 * 32 and m["train_loss"] > 0 and "mfu" not in m
     assert [m["step"] for m in metrics if "val_loss" in m] == [2, 4]
     # The last validation loss is the plain cross-entropy of the saved model, computed here over the same tokens.
-    tokens = np.fromfile(text_data / "val.bin", dtype="<u2").astype(np.int64)
+    tokens = np.fromfile(text_data / "val_000.bin", dtype="<u2").astype(np.int64)
     picks = np.linspace(0, (len(tokens) - 1) // 32 - 1, 2048 // 32).astype(int)
     rows = torch.from_numpy(np.stack([tokens[32 * i : 32 * i + 33] for i in picks]))
     expected = F.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten()).item()
@@ -2031,7 +2031,7 @@ def test_sharded_weights_are_gathered_once_a_step_and_gradients_reduced_each_mic
 def test_it_learns_more_than_how_often_each_byte_occurs(text_data, tmp_path):
     flags = ["--max_steps=120", "--decay_steps=120", "--lr=5e-3", "--batch_size=16", "--init_std=0.05"]
     _, metrics = run_train(text_data, tmp_path, *flags)
-    counts = np.bincount(np.fromfile(text_data / "val.bin", dtype="<u2"), minlength=257)
+    counts = np.bincount(np.fromfile(text_data / "val_000.bin", dtype="<u2"), minlength=257)
     p = counts[counts > 0] / counts.sum()
     entropy = -(p * np.log(p)).sum()  # of the validation bytes themselves: no model of single bytes can do better
     assert metrics[-1]["val_loss"] < entropy - 0.3, f"val loss {metrics[-1]['val_loss']:.3f}, unigrams {entropy:.3f}"
