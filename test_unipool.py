@@ -210,6 +210,7 @@ def test_flops_count_active_experts_only():
     router = 12 * 48 * 768
     assert many.flops_per_token() - few.flops_per_token() == 6 * router, "idle experts must not count"
     assert twice.flops_per_token() - many.flops_per_token() == 6 * 12 * 3 * 768 * 3072, "a second expert a layer counts"
+    assert twice.flops_per_token() - twice.flops_per_token(served=0.5) == 6 * 12 * 3 * 768 * 3072, "nor unserved pairs"
     # Every multiplication of a dense model by hand: attention's projections, FFN, head, and scores and values.
     dense = UniPool(UniPoolConfig.from_scale("tiny", "dense"))
     c = dense.config
@@ -2043,7 +2044,8 @@ def test_a_new_run_keeps_the_old_one(text_data, tmp_path):
     (tmp_path / "ckpt.pt").unlink()  # as if the second run had ended before its first checkpoint
     run_train(text_data, tmp_path, "--max_steps=3")
     run_train(text_data, tmp_path, "--max_steps=1")
-    for number, steps in ((1, 1), (2, 3)):
+    assert len(read_metrics(tmp_path / "old-2")) == 2 and (tmp_path / "old-2" / "best.pt").exists(), "all there was"
+    for number, steps in ((1, 1), (3, 3)):
         folder = tmp_path / f"old-{number}"
         kept = torch.load(folder / "ckpt.pt", weights_only=True)
         assert kept["step"] == len(read_metrics(folder)) == steps, "a checkpoint and its metrics must stay together"

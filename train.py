@@ -61,9 +61,7 @@ class Settings:
     device: str | None = flag(None, "cuda, cpu, mps, cuda:1 ... (the best there is)")
     seed: int = flag(1337, "of the initial weights and of the order of the data", low=0)
     max_steps: int = flag(60_000, "optimizer steps in all, at which the run ends")
-    decay_steps: int | None = flag(
-        None, "where the cosine ends (at the scale's own --max_steps, whatever you give there)"
-    )
+    decay_steps: int | None = flag(None, "where the cosine ends (60,000, or tiny's 360; not moved by --max_steps)")
     warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises", low=0, high=1)
     batch_size: int = flag(512, "sequences a step, over all processes", high=2**24)
     micro_batch_size: int | None = flag(
@@ -151,16 +149,14 @@ def settle(given, saved):
 
 def split_batch(settings, config, world_size):
     """(sequences of a process's micro-batch, micro-batches of a step). Raises BadInput."""
-    per_process, rest = divmod(settings.batch_size, world_size)
-    size = settings.micro_batch_size
-    if size is None and not rest:
+    per_process, size = settings.batch_size // world_size, settings.micro_batch_size
+    if size is None:
         most = max(1, LARGEST_MICRO_BATCH // config.block_size)
-        size = max(n for n in range(1, most + 1) if per_process % n == 0)
-    if rest or per_process % size:
-        each = "" if size is None else f" x --micro_batch_size={size}"
+        size = max((n for n in range(1, most + 1) if per_process % n == 0), default=1)
+    if settings.batch_size % (world_size * size):
         raise BadInput(
-            f"--batch_size={settings.batch_size} is not divisible by {world_size} process(es){each}: give a "
-            f"multiple of {world_size * (size or 1)}"
+            f"--batch_size={settings.batch_size} must be a multiple of {world_size} process(es) x "
+            f"--micro_batch_size={size} = {world_size * size}"
         )
     return size, per_process // size
 
@@ -175,6 +171,8 @@ def find_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if "LOCAL_RANK" in os.environ and ":" in name:
         raise BadInput(f"--device={name} would put every process on one device: give cuda")
+    if name == "cuda" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise BadInput(f"--device=cuda: more processes than the {torch.cuda.device_count()} GPUs here: start fewer")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         if device.type not in ("cuda", "mps", "cpu"):
@@ -407,17 +405,13 @@ def add_metrics(path, line):
 
 def keep_earlier_run(out_dir):
     """Move the files of a run that this one would overwrite to out_dir/old-1, or old-2 ..."""
-    names = [path.name for path in out_dir.glob("ckpt*.pt")]
-    if not names:
-        (out_dir / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        return
+    files = [path for pattern in ("ckpt*.pt", "best.pt", "metrics.jsonl") for path in out_dir.glob(pattern)]
     number = 1
     while (out_dir / f"old-{number}").exists():
         number += 1
-    (out_dir / f"old-{number}").mkdir()
-    for name in [*names, "best.pt", "metrics.jsonl"]:
-        if (out_dir / name).exists():
-            os.replace(out_dir / name, out_dir / f"old-{number}" / name)
+    for path in files:
+        (out_dir / f"old-{number}").mkdir(exist_ok=True)
+        os.replace(path, out_dir / f"old-{number}" / path.name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -462,7 +456,9 @@ def routing_figures(model, usage, scores):
     unserved: share of the (token, choice) pairs whose gate is 0. By layer: the mean sum of a token's scores, and sigma.
     """
     figures = dict(zip(("pool_utilisation", "dead_experts"), pool_utilisation(usage, model.config.n_pool)))
-    figures["unserved"] = max(0.0, round(1 - usage.double().sum(dim=1).mean().item(), 6))  # fp32's rounding is not load
+    figures["unserved"] = max(
+        0.0, round(1 - usage.cpu().double().sum(dim=1).mean().item(), 6)
+    )  # fp32's rounding is not load
     figures["score_sum"] = scores.sum(dim=1).tolist()
     if model.config.router == "norm":
         sigmas = torch.cat([block.router.sigma.detach() for block in model.blocks])
@@ -555,7 +551,7 @@ def run(argv):
         shard(model, device, dist.init_device_mesh(device.type, (world_size,)))
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
-    sum_of = 1 if sharded else world_size  # processes whose gradients are summed; sharded, they are averaged
+    divisor = 1 if sharded else world_size  # of gradients that are summed over the processes; FSDP averages by itself
     step = position = 0  # optimizer steps done, training sequences seen
     skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped: in all, and the last ones in a row
     best = math.inf  # lowest validation loss
@@ -631,7 +627,7 @@ def run(argv):
             with autocast(device):
                 out = forward(x, y, keep_logits=False)
                 loss = out.loss + config.balance_coef * out.balance_loss
-            (loss / accumulation / sum_of).backward()
+            (loss / accumulation / divisor).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             routing = routing + torch.stack([out.usage, out.mean_scores.detach()]) / accumulation
             for pool in model.pools:
@@ -686,7 +682,8 @@ def run(argv):
                         f"for all their scores are 0: try a lower --balance_coef than {config.balance_coef:g}"
                     )
             if peak:
-                line["mfu"] = tokens_per_second * model.flops_per_token() / (peak * world_size)
+                flops_per_token = model.flops_per_token(served=1 - line.get("unserved", 0))
+                line["mfu"] = tokens_per_second * flops_per_token / (peak * world_size)
             if evaluating:
                 line["val_loss"] = validate(
                     forward, val_data, settings.eval_tokens, micro_batch_size, rank, world_size, device
@@ -704,14 +701,15 @@ def run(argv):
         is_last = step == settings.max_steps or stopping
         if (step % settings.ckpt_interval == 0 or is_best or is_last) and skipped[0] < step:
             # The GPU's memory, or the CPU's while training goes on in it, is copied; the rest is the writer's work.
+            if writing:  # one copy at a time
+                writing.result()
             state = snapshot(model, optimizer, not is_last)
             kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
             state |= dict(config=asdict(config), settings=kept, tokenizer=meta["tokenizer"], step=step, best=best,
                           position=position, rng=torch.get_rng_state(), skipped=skipped.tolist())  # fmt: skip
             if is_main:
-                if writing:
-                    writing.result()
                 writing = writer.submit(save_checkpoint, out_dir, state, settings.keep, is_best)
+            del state
         if stopping:
             break
         if logging:
@@ -720,7 +718,7 @@ def run(argv):
     if writing:
         writing.result()
     n_skipped, in_a_row = skipped.tolist()
-    if in_a_row >= MOST_SKIPPED or in_a_row == step - first_step > 0:
+    if in_a_row >= MOST_SKIPPED or in_a_row >= step - first_step > 0:
         what = f"the last {in_a_row} steps had a loss or gradient that is not finite and were skipped"
         if n_skipped == step:
             raise BadInput(f"--lr={settings.lr}: {what}, as all before: nothing is saved; change the model's flags")

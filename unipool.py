@@ -500,19 +500,24 @@ class UniPool(nn.Module):
     def num_params(self, active=False):
         """Number of parameters: all that are stored, or those that one token meets (k experts anew in every layer)."""
         stored = sum(p.numel() for p in self.parameters())
-        if not active or not self.pools:
-            return stored
         pooled = sum(p.numel() for p in self.pools.parameters())
-        return stored - pooled + self.config.n_layer * self.config.top_k * (pooled // self.config.n_expert)
+        return stored - pooled + self.met_in_pools() if active else stored
 
-    def flops_per_token(self):
+    def met_in_pools(self):
+        """Weights of the experts that one token meets: k in every layer."""
+        one_expert = sum(p[0].numel() for p in self.pools[0].parameters()) if self.pools else 0
+        return self.config.n_layer * self.config.top_k * one_expert
+
+    def flops_per_token(self, served=1.0):
         """Floating-point operations of forward and backward for one token in a full context of block_size tokens.
 
         6 for every weight that the token is multiplied with (so active experts only, and no embedding), and
         12 * L * T * C for the attention, its causal half not deducted: the convention of PaLM's appendix B for MFU.
+        served: the share of (token, choice) pairs that an expert serves; the others multiply nothing.
         """
         c = self.config
         not_multiplied = self.embedding.weight.numel() + sum(p.numel() for p in self.parameters() if p.dim() <= 1)
+        not_multiplied += (1 - served) * self.met_in_pools()
         return 6 * (self.num_params(active=True) - not_multiplied) + 12 * c.n_layer * c.block_size * c.n_embd
 
     # ------------------------------------------------------------------------------------------------------------------

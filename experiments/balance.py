@@ -2,11 +2,12 @@
 and the validation loss; each with f as it is here, and with the phantom load of pairs whose gate is 0 counted in f.
 
     python -m experiments.balance --jobs 2
-    python -m experiments.balance --coefs 0.01 0.1 --seeds 1 --max_steps=100
+    python -m experiments.balance --coefs 0.01 0.1 --seeds 1 --max_steps=100 --runs=runs/short --results=
 
 Flags that are not listed below go to train.py. A run that is done is not trained again.
 """
 
+import json
 import statistics
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,12 +44,16 @@ def run(job):
     """Train one run if it is not done, and measure it on validation data: {"utilisation", "unserved", "loss", ...}."""
     folder, phantom, threads, tokens, flags = job
     torch.set_num_threads(threads)
-    if not (folder / "done").exists():
+    done = json.loads((folder / "done.json").read_text()) if (folder / "done.json").exists() else None
+    if done is None:
         unipool.pool_ffn = with_phantom_load if phantom else pool_ffn
         resume = ["--resume"] if (folder / "ckpt.pt").exists() else []
         train.main([*flags, f"--out_dir={folder}", *resume])
         unipool.pool_ffn = pool_ffn
-        (folder / "done").write_text(machine(torch.device("cpu"))["commit"] or "")
+        done = dict(flags=flags, trained_at=machine(torch.device("cpu"))["commit"])
+        (folder / "done.json").write_text(json.dumps(done))
+    if done["flags"] != flags:
+        raise BadInput(f"{folder}: this run was made by other flags: give another --runs, or delete it")
     checkpoint = train.load_checkpoint(folder / "ckpt.pt")
     model = train.load_model(checkpoint, folder, torch.device("cpu")).eval()
     data_dir, config = checkpoint["settings"]["data_dir"], model.config
@@ -59,7 +64,7 @@ def run(job):
     loss, _ = evaluate(model, data, indices, torch.device("cpu"), tqdm(disable=True), found)
     figures = found.summary() | dict(loss=loss, sigma=[block.router.router.sigma.item() for block in model.blocks])
     figures["logged_utilisation"] = read_metrics(folder)[-1]["pool_utilisation"]  # of the training step, by its own f
-    figures["trained_at"] = (folder / "done").read_text()
+    figures["trained_at"] = done["trained_at"]
     return figures | dict(unserved=statistics.fmean(figures["unserved"]), unserved_by_layer=figures["unserved"])
 
 
@@ -83,7 +88,7 @@ def draw(results, coefs, path):
                 ax.plot([x] * len(v), v, "o", color=colour, ms=4, alpha=0.5)
         if key == "utilisation":
             logged = [statistics.fmean(f["logged_utilisation"] for f in results[coef, True].values()) for coef in coefs]
-            ax.plot(logged, color=WAYS[True][1], ls="--", label="the same, as its own log says")
+            ax.plot(logged, color=WAYS[True][1], ls="--", label="the same, by its log's last step")
         ax.set_xticks(range(len(coefs)), [f"{coef:g}" for coef in coefs])
         ax.set_xlabel("balance_coef (dots: seeds)")
         ax.set_title(name, fontsize=10)

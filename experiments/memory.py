@@ -1,7 +1,7 @@
 """What one GPU must hold, for each scale: a training step on fake tensors (fake_gpu.py), or on a GPU that is there.
 
     python -m experiments.memory                                       # all scales, --shard on 8 GPUs, 16 sequences
-    python -m experiments.memory --scales 978m --sequences 32 --gpus 16
+    python -m experiments.memory --scales 978m --sequences 32 --gpus 16 --results=
 
 The second of two steps of two micro-batches, not compiled, and the moment at which it holds most. Fragments, and what
 the CUDA libraries and NCCL take for themselves, are not in it: of 80 GiB, 72 count as room.
