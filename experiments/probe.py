@@ -98,7 +98,7 @@ class Statistics:
         return dict(
             utilisation=pool_utilisation(own, c.n_pool)[0],
             dead_experts=int((load == 0).sum()),
-            most_used=load.max().item(),
+            load=load.tolist(),
             distinct_share=self.distinct / self.tokens / visits,
             distinct_share_if_even=c.experts_per_pool * (1 - missed).sum().item() / visits,
             layers_of_expert=layers_of_experts(shares, even).tolist(),
@@ -185,7 +185,7 @@ def table(results):
         "pool utilisation": lambda f: f"{f['utilisation']:.1%}",
         "pairs that no expert serves": lambda f: f"{statistics.fmean(f['unserved']):.1%}",
         "dead experts": lambda f: f"{f['dead_experts']} of {len(f['shares'][0])}",
-        "load of the most used, mean = 1": lambda f: f"{f['most_used']:.2f}",
+        "load of the most used, mean = 1": lambda f: f"{max(f['load']):.2f}",
         "distinct experts a token meets, of its visits (Table 9)": lambda f: f"{f['distinct_share']:.1%}",
         "the same, if layers chose evenly at random": lambda f: f"{f['distinct_share_if_even']:.1%}",
         "layers that use an expert*, mean": lambda f: f"{statistics.fmean(f['layers_of_expert']):.2f}",
@@ -221,8 +221,7 @@ def draw_usage(results, path):
         above.set_facecolor("0.9")
         above.set_title(label, fontsize=10)
         above.yaxis.get_major_locator().set_params(integer=True)
-        load = shares.sum(axis=0) * n_expert / L
-        below.bar(range(n_expert), load, width=1, color=colour_of(label, list(results)), edgecolor="white", lw=0.3)
+        below.bar(range(n_expert), f["load"], width=1, color=colour_of(label, list(results)), edgecolor="white", lw=0.3)
         below.axhline(1, color="0.2", lw=1, ls="--")
         below.xaxis.get_major_locator().set_params(integer=True)
         below.set_xlabel("expert (dashed: even load)")
@@ -310,6 +309,7 @@ def main(argv=None):
     if str(args.results):
         save_result(args.results, args.name, "probe", argv, about, results=results)
         path = Path(args.results) / args.name
+        Path(f"{path}.md").write_text(table(results))
         draw_usage(results, path.with_name(f"{args.name}_usage.png"))
         draw_probe(results, path.with_name(f"{args.name}_routing.png"))
         print(f"{path}_usage.png, {path}_routing.png")
