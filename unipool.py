@@ -505,8 +505,8 @@ class UniPool(nn.Module):
 
     def met_in_pools(self):
         """Weights of the experts that one token meets: k in every layer."""
-        one_expert = sum(p[0].numel() for p in self.pools[0].parameters()) if self.pools else 0
-        return self.config.n_layer * self.config.top_k * one_expert
+        of_an_expert = sum(p.numel() for p in self.pools.parameters()) // max(1, self.config.n_expert)
+        return self.config.n_layer * self.config.top_k * of_an_expert
 
     def flops_per_token(self, served=1.0):
         """Floating-point operations of forward and backward for one token in a full context of block_size tokens.
