@@ -522,6 +522,7 @@ def run(argv):
     saved, ckpt_path, damaged = load_newest(out_dir, mmap=world_size > 1) if resuming else (None, None, [])
     settings, config = settle(given, saved)
     micro_batch_size, accumulation = split_batch(settings, config, world_size)
+    per_process = micro_batch_size * accumulation  # sequences a step
     device = find_device(settings.device)
     data_dir = settings.data_dir = str(find_data(settings, device))
     meta = read_meta(data_dir, config.vocab_size)
@@ -615,7 +616,6 @@ def run(argv):
             group["lr"] = lr
 
         # This step's sequences are the same for any number of processes; each process takes a contiguous part.
-        per_process = micro_batch_size * accumulation
         indices = train_data.in_order(position, settings.batch_size, settings.seed)[rank * per_process :][:per_process]
         losses = torch.zeros(2, device=device)  # cross-entropy and balance loss, averaged over the micro-batches
         routing = 0.0  # usage and scores (2, L, M), likewise

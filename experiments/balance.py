@@ -7,7 +7,6 @@ and the validation loss; each with f as it is here, and with the phantom load of
 Flags that are not listed below go to train.py. A run that is done is not trained again.
 """
 
-import json
 import statistics
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm import tqdm
 import train
 import unipool
 from command import BadInput, Parser, run_command
+from experiments.ablate import read_record, write_record
 from experiments.bench import machine, save_result
 from experiments.compare import read_metrics, spread
 from experiments.probe import Statistics, WatchedRouter, evaluate
@@ -44,16 +44,17 @@ def run(job):
     """Train one run if it is not done, and measure it on validation data: {"utilisation", "unserved", "loss", ...}."""
     folder, phantom, threads, tokens, flags = job
     torch.set_num_threads(threads)
-    done = json.loads((folder / "done.json").read_text()) if (folder / "done.json").exists() else None
-    if done is None:
+    record = read_record(folder) or dict(flags=flags, machine=machine(torch.device("cpu")), done=False)
+    if record["flags"] != flags:
+        raise BadInput(f"{folder}: this run was made by other flags: give another --runs, or delete it")
+    if not record["done"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_record(folder, record)
         unipool.pool_ffn = with_phantom_load if phantom else pool_ffn
         resume = ["--resume"] if (folder / "ckpt.pt").exists() else []
         train.main([*flags, f"--out_dir={folder}", *resume])
         unipool.pool_ffn = pool_ffn
-        done = dict(flags=flags, trained_at=machine(torch.device("cpu"))["commit"])
-        (folder / "done.json").write_text(json.dumps(done))
-    if done["flags"] != flags:
-        raise BadInput(f"{folder}: this run was made by other flags: give another --runs, or delete it")
+        write_record(folder, record | dict(done=True))
     checkpoint = train.load_checkpoint(folder / "ckpt.pt")
     model = train.load_model(checkpoint, folder, torch.device("cpu")).eval()
     data_dir, config = checkpoint["settings"]["data_dir"], model.config
@@ -64,7 +65,7 @@ def run(job):
     loss, _ = evaluate(model, data, indices, torch.device("cpu"), tqdm(disable=True), found)
     figures = found.summary() | dict(loss=loss, sigma=[block.router.router.sigma.item() for block in model.blocks])
     figures["logged_utilisation"] = read_metrics(folder)[-1]["pool_utilisation"]  # of the training step, by its own f
-    figures["trained_at"] = done["trained_at"]
+    figures["trained_at"] = record["machine"]["commit"]
     return figures | dict(unserved=statistics.fmean(figures["unserved"]), unserved_by_layer=figures["unserved"])
 
 

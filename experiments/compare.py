@@ -65,7 +65,8 @@ def methods(n_layer):
 OTHER_COLOURS = ["tab:red", "tab:pink", "tab:olive", "black", "tab:cyan"]
 UNITS = {"val_loss": "validation loss, nats a token", "train_loss": "training loss, nats a token",
          "balance_loss": "balance loss, without alpha", "pool_utilisation": "pool utilisation",
-         "dead_experts": "experts without a token", "grad_norm": "norm of the gradient",
+         "dead_experts": "experts that serve nothing",
+         "unserved": "share of pairs that no expert serves", "grad_norm": "norm of the gradient",
          "tokens_per_second": "tokens a second", "mfu": "model FLOP utilisation"}  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def read_metrics(folder):
 
 def curve(lines, key):
     """(tokens, values) of the lines that have a finite `key`."""
-    points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
+    points = [(line["tokens"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]  # not by layer
     return [x for x, _ in points], [y for _, y in points]
 
 

@@ -164,24 +164,23 @@ class Watch(TorchDispatchMode):
             function(tensor)
             storage = tensor.untyped_storage()
             if storage._cdata in self.live:
-                label = self.live[storage._cdata][1]
-                self.forget(storage._cdata)
-                self.live[storage._cdata] = (0, label)
-                self.grow(storage._cdata, tensor.numel() * tensor.itemsize if function.__name__[0] == "a" else 0)
+                self.hold(storage._cdata, storage.nbytes())
 
         return resize
 
-    def grow(self, key, size):
-        label = self.live.get(key, (0, None))[1] or self.label
-        self.live[key] = (size, label)
-        self.now += size
+    def hold(self, key, size, label=None):
+        """The storage of this key, made by what the label says, is of `size` bytes from now on."""
+        before, label = self.live.get(key, (0, label))
+        if size < before and self.now == self.peak and self.at_peak is None:  # only now is it known that this was it
+            self.at_peak = dict(self.live)
+        self.live[key] = size, label
+        self.now += size - before
         if self.now > self.peak:
             self.peak, self.peak_phase, self.at_peak = self.now, self.phase, None
 
     def forget(self, key):
-        if self.now == self.peak and self.at_peak is None:  # only now is it known that this was the peak
-            self.at_peak = dict(self.live)
-        self.now -= self.live.pop(key)[0]
+        self.hold(key, 0)
+        del self.live[key]
 
     def made_of(self):
         """[(what, bytes)] at the peak, the largest first; what: the phase, operation, shape and dtype that made it."""
@@ -199,9 +198,9 @@ class Watch(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.live:
-                    self.label = (self.phase, name, tuple(tensor.shape), str(tensor.dtype)[6:])
                     weakref.finalize(storage, self.forget, storage._cdata)
-                    self.grow(storage._cdata, -(-storage.nbytes() // 512) * 512)
+                    label = (self.phase, name, tuple(tensor.shape), str(tensor.dtype)[6:])
+                    self.hold(storage._cdata, -(-storage.nbytes() // 512) * 512, label)
         if name == "_grouped_mm":
             a, b = args[:2]
             self.products.append((tuple(a.shape), tuple(b.shape), is_fast(a, out) and is_fast(b, out)))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from command import BadInput, Parser, run_command
 from experiments.bench import machine, save_result
 from experiments.fake_gpu import WHY_NOT, Watch, fake_gpu
-from train import Settings, autocast, shard
+from train import Settings, autocast, shard, whole
 from unipool import SCALES, UniPool, UniPoolConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,8 +60,7 @@ def train_step(model, optimizer, sequences, micro_batches, watch=None):
         for pool in model.pools:
             pool.keep_copies = not last
     watch.phase = "optimizer"
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), Settings.grad_clip)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), Settings.grad_clip))
     optimizer.found_inf = (~(losses.sum() + norm).isfinite()).float()
     optimizer.step()
     optimizer.zero_grad()
