@@ -41,15 +41,12 @@ SCALES = {
     "830m": dict(n_layer=48, n_embd=1024, n_head=16, balance_coef=2e-2),
     "978m": dict(n_layer=24, n_embd=1536, n_head=16, balance_coef=2e-2),
 }
-ARCHS = ("unipool", "vanilla", "dense")
+ARCHS = ("unipool", "vanilla", "dense")  # one pool; 8 private experts a layer, softmax, layer loss; one FFN a layer
 
 
 @dataclass
 class UniPoolConfig:
-    """Everything that shapes the model. The defaults are the paper's 182m UniPool.
-
-    Raises ValueError, naming the fields and their values, for a combination that cannot be built.
-    """
+    """What shapes the model; the defaults are the paper's 182m UniPool. ValueError for what cannot be built."""
 
     block_size: int = 1024  # T, the longest context
     vocab_size: int = 51200  # V; GPT-2's 50257 tokens, padded
@@ -80,39 +77,34 @@ class UniPoolConfig:
 
     @classmethod
     def from_scale(cls, scale, arch="unipool", **overrides):
-        """The paper's configuration of a scale, a key of SCALES; `overrides` are fields that win over it.
-
-        arch: "unipool" (one pool, NormRouter, pool loss), "vanilla" (8 private experts a layer, softmax, layer loss) or
-        "dense" (one FFN a layer).
-        """
+        """The configuration of a scale (a key of SCALES) and an arch (of ARCHS); `overrides` are fields that win."""
         for name, value, known in (("scale", scale, SCALES), ("arch", arch, ARCHS)):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(known)}")
         if arch == "dense" and overrides.get("n_expert"):
             raise ValueError(f"n_expert={overrides['n_expert']} contradicts arch='dense', which has no experts")
-        given = dict(n_layer=cls.n_layer, n_embd=cls.n_embd) | SCALES[scale] | overrides
-        preset = dict(n_hidden=4 * given["n_embd"], n_expert=8 * given["n_layer"])
+        size = dict(n_layer=cls.n_layer, n_embd=cls.n_embd) | SCALES[scale] | overrides
+        fields = size | dict(n_hidden=4 * size["n_embd"], n_expert=8 * size["n_layer"])
         if arch == "vanilla":
-            preset |= dict(n_pool=given["n_layer"], router="softmax", balance="layer")
+            fields |= dict(n_pool=size["n_layer"], router="softmax", balance="layer")
         if arch == "dense":
-            preset |= dict(n_expert=0, balance="none")
-        fields = SCALES[scale] | preset | overrides
-        if fields.get("balance", cls.balance) == "layer" and "balance_coef" not in overrides:
-            fields["balance_coef"] = 1e-2  # the layer loss has this alpha at every scale
+            fields |= dict(n_expert=0, balance="none")
+        fields |= overrides
+        if fields.get("balance") == "layer" and "balance_coef" not in overrides:
+            fields["balance_coef"] = cls.balance_coef  # the layer loss has this alpha at every scale
         return cls(**fields)
 
     def __post_init__(self):
         def check(possible, names, rule):
             if not possible:
-                values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
-                raise ValueError(f"{values}: {rule}")
+                raise ValueError(", ".join(f"{name}={getattr(self, name)!r}" for name in names.split()) + f": {rule}")
 
         for name in "block_size vocab_size n_layer n_head n_kv_head n_embd n_hidden n_pool rope_base".split():
             check(1 <= getattr(self, name) < math.inf, name, "must be a number of at least 1")
         for name in "n_expert balance_coef bias_rate norm_eps init_std".split():
             check(0 <= getattr(self, name) < math.inf, name, "must be a number of at least 0")
-        check(self.router in ROUTERS, "router", f"choose from {', '.join(ROUTERS)}")
-        check(self.balance in BALANCES, "balance", f"choose from {', '.join(BALANCES)}")
+        for name, known in (("router", ROUTERS), ("balance", BALANCES)):
+            check(getattr(self, name) in known, name, f"choose from {', '.join(known)}")
         check(self.n_embd % self.n_head == 0, "n_embd n_head", "n_head must divide n_embd: heads are equally wide")
         check(self.head_dim % 2 == 0, "n_embd n_head", f"heads of odd width {self.head_dim}, but RoPE turns pairs")
         check(self.n_head % self.n_kv_head == 0, "n_head n_kv_head", "n_kv_head must divide n_head: equal groups")
@@ -156,22 +148,20 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None):
         """x: (B, T, C), rope: (2, T, D/2) of these T positions -> (B, T, C).
 
-        cache: a list of the keys and the values (B, n_kv_head, T, D) of the tokens before, to which these are added; or
-        an empty list.
+        cache: a list, empty or [keys, values] (B, n_kv_head, T, D) of the tokens before, to which these are added.
         """
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head + 2 * n_kv_head, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache:
+            k, v = (torch.cat(before_and_new, dim=2) for before_and_new in zip(cache, (k, v)))
         if cache is not None:
-            if cache:
-                k, v = (torch.cat(before_and_new, dim=2) for before_and_new in zip(cache, (k, v)))
             cache[:] = k, v
         if q.is_cuda and q.dtype == torch.float32:  # no fused kernel takes grouped queries in fp32
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         # A single new token may look at everything before it, so only longer inputs need the causal mask.
-        grouped = k.size(1) < self.n_head
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)  # (B, n_head, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=k.size(1) < self.n_head)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -267,24 +257,20 @@ class ExpertPool(nn.Module):
 
     @torch.compiler.disable
     def weights(self, one_pass=True):
-        """[gate_up, down] in product_dtype, which a forward pass takes once and hands to all layers.
+        """[gate_up, down] in the dtype of products: a forward pass takes them once and hands them to all layers.
 
         one_pass: their gradients by PoolGradient, at the end; False leaves the sum over the layers to autograd.
         """
-        stored = [self.gate_up, self.down]
-        dtype = product_dtype(self.gate_up)
+        stored, dtype = [self.gate_up, self.down], product_dtype(self.gate_up)
         if not (one_pass and torch.is_grad_enabled()):
             return [weight.to(dtype) for weight in stored]
-        if not self.keep_copies or self.copies is None or self.copies[0].dtype != dtype:
+        if not (self.keep_copies and self.copies and self.copies[0].dtype == dtype):
             self.copies = None  # frees the old ones first
             self.copies = [weight.detach().to(dtype) for weight in stored]
         return [HandOut.apply(weight, copy) for weight, copy in zip(stored, self.copies)]
 
     def forward(self, x, gates, experts):
-        """x: (N, C), gates: (N, k), experts: (N, k) int64 -> (N, C): the sum over k of gate * expert(x), Eq. 2.
-
-        For one use by itself; Block calls pool_ffn with the model's weights().
-        """
+        """Eq. 2, for use by itself; Block calls pool_ffn. x: (N, C), gates: (N, k), experts: (N, k) int64 -> (N, C)."""
         return pool_ffn(x, gates, experts, self.weights())[0].to(x.dtype)
 
 
@@ -295,49 +281,41 @@ def swiglu(hidden):
 
 
 def pool_ffn(x, gates, experts, weights):
-    """Eq. 2. x: (N, C), gates and experts: (N, k), weights: gate_up (M, C, 2H) and down (M, H, C).
+    """Eq. 2: y = sum over the k choices of gate * e_i(x), without a capacity: no token is ever dropped.
 
-    Returns y (N, C) and f (M,), the share of the (token, choice) pairs that each expert serves. No capacity: no token
-    is ever dropped. But a pair whose gate is 0 adds nothing, so no expert serves it: f does not count it, and its row
-    stands behind those of all experts, where nothing is computed.
+    x: (N, C), gates and experts: (N, k), weights: gate_up (M, C, 2H) and down (M, H, C). Returns y (N, C) and f (M,),
+    the share of the (token, choice) pairs that each expert serves. A pair whose gate is 0 adds nothing, so no expert
+    serves it: f does not count it, and its row stands behind those of all experts, where nothing is computed.
     """
     if len(x) == 1 and not torch.is_grad_enabled():
         return one_token_ffn(x, gates, experts, weights)
     N, k = experts.shape
     M, dtype = len(weights[1]), weights[1].dtype
-    served = gates != 0  # (N, k)
-    # Sort the R = N * k pairs by expert, so that each expert's inputs lie next to each other: row r holds pair
-    # pair_of_row[r], pair p lies in row row_of_pair[p], and expert i has the rows ends[i-1] ... ends[i]-1.
-    expert_of_row, pair_of_row = torch.where(served, experts, M).flatten().sort(stable=True)  # (R,) each
-    row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(N * k, device=x.device))
+    # Sort the R = N * k pairs by expert: row r is pair pair_of_row[r]; expert i has the rows ends[i-1] ... ends[i]-1.
+    expert_of_row, pair_of_row = torch.where(gates != 0, experts, M).flatten().sort(stable=True)  # (R,) each
     ends = torch.searchsorted(expert_of_row, torch.arange(M, device=x.device), right=True)  # (M,)
-    # What products leave in the rows behind ends[-1] is undefined: this torch.where keeps it out of x's gradient ...
-    inputs = torch.where(served.unsqueeze(-1), x.unsqueeze(1).to(dtype), 0).flatten(0, 1)  # (R, C), pair by pair
-    rows = Permute.apply(inputs, pair_of_row, row_of_pair)
-    rows = expert_ffn(rows, ends, weights, fuse=torch.compiler.is_compiling())  # e_i(x) for the rows x of expert i
-    outputs = Permute.apply(rows, row_of_pair, pair_of_row).view(N, k, -1)
-    outputs = torch.where(served.unsqueeze(-1), outputs, 0)  # ... and this one out of y
-    y = (gates.unsqueeze(-1) * outputs).sum(dim=1)  # Eq. 2; the gates are fp32, and so is the sum
+    pairs = x.to(dtype).unsqueeze(1).expand(N, k, -1).flatten(0, 1)  # (R, C)
+    outputs = expert_ffn(pairs, pair_of_row, ends, weights, fuse=torch.compiler.is_compiling())  # (R, C): e_i(x)
+    y = (gates.unsqueeze(-1) * outputs.view(N, k, -1)).sum(dim=1)  # Eq. 2; the gates are fp32, and so is the sum
     return y, ends.diff(prepend=ends.new_zeros(1)) / (N * k)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Balance losses, on the routing statistics of the layers that share a pool:
+# Balance losses, of the layers that share a pool (L of them here), without alpha. Their routing statistics:
 #   f (L, M): the share of the layer's (token, choice) pairs that expert i serves; carries no gradient. It sums to 1, or
 #             with NormRouter to less: pairs whose gate is 0 are served by no expert (the authors' code counts them)
 #   P (L, M): the mean over tokens of the router's score for expert i before top-k; carries the gradient
-# With G pools L is the number of layers that share one, and M the number of its experts.
 
 
 def layer_balance_loss(f, P):
-    """Eq. 3 (E is M here), summed over the layers, without alpha: each layer is to spread its tokens evenly. -> ()."""
+    """Eq. 3 (E is M here), summed over the layers: each is to spread its tokens evenly. (L, M), (L, M) -> ()."""
     return f.size(1) * (f.detach() * P).sum()
 
 
 def pool_balance_loss(f, P):
-    """Eq. 5, without alpha: the layers TOGETHER are to spread their tokens evenly, so that each may specialise.
+    """Eq. 5 (= Eq. 6): the layers TOGETHER are to spread their tokens evenly, so that each may specialise.
 
-    (L, M), (L, M) -> (). Both means run over the layers first (Eq. 4); the loss equals Eq. 6.
+    (L, M), (L, M) -> ().
     """
     f_bar, P_bar = f.detach().mean(dim=0), P.mean(dim=0)  # (M,) each, Eq. 4
     return f.size(1) * (f_bar * P_bar).sum()  # Eq. 5
@@ -384,8 +362,7 @@ class Block(nn.Module):
         x = x + self.attention(self.attention_norm(x), rope, cache)
         h = self.ffn_norm(x)
         if expert_weights is None:
-            no_experts = h.new_zeros(0)
-            return x + self.ffn(h), no_experts, no_experts
+            return x + self.ffn(h), h.new_zeros(0), h.new_zeros(0)
         h = h.flatten(0, 1)  # (N, C)
         gates, experts, scores = self.router(h)
         y, f = pool_ffn(h, gates, experts, expert_weights)
@@ -406,13 +383,11 @@ class UniPool(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # How it is computed, not what: neither changes a result.
-        self.one_pass = True  # the pools' gradients by PoolGradient; False leaves them to autograd
-        self.recompute = False  # keep no activations inside the blocks, compute them again in the backward pass
+        self.one_pass = True  # how, not what, is computed: the pools' gradients by PoolGradient, or by autograd
+        self.recompute = False  # likewise: keep no activations inside the blocks, compute them again going backward
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        n_pool = config.n_pool if config.n_expert else 0
         shape = config.experts_per_pool, config.n_embd, config.n_hidden
-        self.pools = nn.ModuleList(ExpertPool(*shape) for _ in range(n_pool))
+        self.pools = nn.ModuleList(ExpertPool(*shape) for _ in range(config.n_pool if config.n_expert else 0))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -467,19 +442,14 @@ class UniPool(nn.Module):
         chunks, without ever holding all B * T * V logits, and returns no logits. Raises ValueError if T > block_size.
         """
         x, f, P = self.trunk(idx)
-        logits = loss = None
-        if keep_logits or targets is None:
-            logits = self.head(x)  # (B, T, V)
-        if targets is not None:
-            if keep_logits:
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-            else:
-                training = torch.is_grad_enabled()
-                loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), training)
+        logits = self.head(x) if keep_logits or targets is None else None  # (B, T, V)
+        loss = None
+        if targets is not None and keep_logits:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        elif targets is not None:
+            training = torch.is_grad_enabled()
+            loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), training)
         return Output(logits, loss, self.balance_loss(f, P), f, P)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # For training
 
     def configure_optimizer(self, lr, weight_decay, betas, eps):
         """AdamW, fused into one kernel; one-dimensional parameters (norms, sigma) are not decayed."""
@@ -499,14 +469,9 @@ class UniPool(nn.Module):
 
     def num_params(self, active=False):
         """Number of parameters: all that are stored, or those that one token meets (k experts anew in every layer)."""
-        stored = sum(p.numel() for p in self.parameters())
-        pooled = sum(p.numel() for p in self.pools.parameters())
-        return stored - pooled + self.met_in_pools() if active else stored
-
-    def met_in_pools(self):
-        """Weights of the experts that one token meets: k in every layer."""
-        of_an_expert = sum(p.numel() for p in self.pools.parameters()) // max(1, self.config.n_expert)
-        return self.config.n_layer * self.config.top_k * of_an_expert
+        stored, pooled = (sum(p.numel() for p in module.parameters()) for module in (self, self.pools))
+        met = self.config.n_layer * self.config.top_k * pooled // max(1, self.config.n_expert)
+        return stored - pooled + met if active else stored
 
     def flops_per_token(self, served=1.0):
         """Floating-point operations of forward and backward for one token in a full context of block_size tokens.
@@ -517,25 +482,22 @@ class UniPool(nn.Module):
         """
         c = self.config
         not_multiplied = self.embedding.weight.numel() + sum(p.numel() for p in self.parameters() if p.dim() <= 1)
-        not_multiplied += (1 - served) * self.met_in_pools()
+        not_multiplied += (
+            (1 - served) * c.n_layer * c.top_k * 3 * c.n_embd * c.n_hidden
+        )  # an expert has 3 * C * H weights
         return 6 * (self.num_params(active=True) - not_multiplied) + 12 * c.n_layer * c.block_size * c.n_embd
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # For generation
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
         """Yield one new token (B, 1) at a time, for prompts idx (B, T) int64 of one length T >= 1.
 
         temperature: 0 takes the likeliest token. top_k: choose only among so many likeliest ones. n_vocab: ids from
-        here on are padding of the vocabulary and never chosen. Up to block_size tokens, the keys and values of earlier
-        ones are cached. Past it the context is a sliding window: it is cropped to the last block_size tokens and
-        computed afresh for every token (as in nanoGPT), because cropping moves every position.
+        here on are padding and never chosen. Past block_size tokens the context is a sliding window, computed afresh
+        for every token (as in nanoGPT), because cropping moves every position; before that, keys and values are cached.
         """
-        if idx.size(1) == 0:
-            raise ValueError("idx is empty: generation needs at least one token to start from")
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature={temperature} must not be negative and top_k={top_k} at least 1")
+        if idx.size(1) == 0 or temperature < 0 or (top_k is not None and top_k < 1):
+            bad = f"{idx.size(1)} tokens to start from, temperature={temperature}, top_k={top_k}"
+            raise ValueError(f"{bad}: at least one token, 0 and 1 are needed")
         block_size = self.config.block_size
         idx = new = idx[:, -block_size:]  # new: the tokens that the model has not seen yet
         caches = [[] for _ in self.blocks]
@@ -557,7 +519,7 @@ class UniPool(nn.Module):
                 caches = None
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
-        """Continue the prompts idx (B, T): (B, T + max_new_tokens). See `stream` for the arguments and the window."""
+        """Continue the prompts idx (B, T): (B, T + max_new_tokens). The arguments are those of `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, n_vocab)], dim=1)
 
 
@@ -583,18 +545,10 @@ def one_token_ffn(x, gates, experts, weights):
     return y, f
 
 
-class Permute(torch.autograd.Function):
-    """x[order]. The inverse order is known, so the gradient is a gather too: autograd's own would be a scatter-add."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+def has_grouped_mm(weight):
+    """Whether F.grouped_mm is fast. Else (fp64, bf16 on a CPU, fp32 on a GPU, odd widths) experts go one by one."""
+    fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(weight.device.type)
+    return weight.dtype == fast_dtype and all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
 def grouped_product(rows, weight, ends):
@@ -602,36 +556,24 @@ def grouped_product(rows, weight, ends):
     if has_grouped_mm(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # a CPU's visits all M experts
         return F.grouped_mm(rows, weight, offs=ends.int())
     out = rows.new_empty(len(rows), weight.size(2))
-    for x, y, w in by_expert(ends, (rows, out), (weight,)):
+    for x, y, w in by_expert(ends, rows, out, weight):
         torch.mm(x, w, out=y)
     return out
 
 
-def has_grouped_mm(weight):
-    """Whether F.grouped_mm is the way for this weight. Else (fp64, bf16 on a CPU, fp32 on a GPU, odd widths) experts go
-    one by one."""
-    fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(weight.device.type)
-    return weight.dtype == fast_dtype and all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-
-
-def in_one_product(weight):
-    """Whether a weight's gradient is made by one grouped product over all layers, or each layer adds its part."""
-    return weight.is_cuda and has_grouped_mm(weight)
-
-
-def by_expert(ends, tensors, weights):
-    """For each expert that has rows: its part of the tensors (R, ...), then its part of the weights (M, ...)."""
+def by_expert(ends, *tensors):
+    """For each expert that has rows: its part of every tensor, which has M weights or, if 2-D, R rows."""
     start = 0
     for i, end in enumerate(ends.tolist()):
         if end > start:
-            yield *(tensor[start:end] for tensor in tensors), *(weight[i] for weight in weights)
+            yield [tensor[i] if tensor.dim() == 3 else tensor[start:end] for tensor in tensors]
         start = end
 
 
 # The pool's gradient in one pass. Autograd would make a full-size gradient of a weight W for each of the L layers that
 # use it, and add them up. But dW_i = sum_l X_li^T dY_li = X_i^T dY_i, with expert i's rows of all layers in X_i, dY_i:
-# so the layers record X and dY, and one product makes dW when all have (a few, where there are too many rows to keep).
-# On a CPU each layer adds its part in place.
+# so on a GPU the layers record X and dY, and one product makes dW when all have (a few, where there are too many rows
+# to keep). On a CPU each layer adds its part in place.
 
 
 class PoolGradient:
@@ -643,17 +585,9 @@ class PoolGradient:
         self.weight, self.backward_pass = weight, None
 
     def begin(self):
-        """Each layer calls this first. What an earlier backward pass left that failed half-way does not count."""
-        current = torch._C._current_graph_task_id()
-        if self.backward_pass != current:
-            self.backward_pass, self.total, self.records = current, None, []
-
-    def so_far(self):
-        """The sum that layers add to in place; fp32, also of bf16 products."""
-        self.begin()
-        if self.total is None:
-            self.total = torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
-        return self.total
+        """Forget what another backward pass left: one that failed half-way, or that did not ask for this gradient."""
+        if self.backward_pass != torch._C._current_graph_task_id():
+            self.backward_pass, self.total, self.records = torch._C._current_graph_task_id(), None, []
 
     def record(self, ends, x, dy):
         """One layer's x (R, in) and dy (R, out), sorted by expert."""
@@ -666,10 +600,16 @@ class PoolGradient:
         product, self.records = sum_of_products(self.records), []
         self.total = product if self.total is None else self.total.float().add_(product)  # of several, in fp32
 
+    def so_far(self):
+        """The sum in fp32 (fp64 of fp64), to add to in place."""
+        self.begin()
+        if self.total is None:
+            self.total = torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        return self.total
+
     def take(self):
         """The gradient, complete; None if no layer has taken part in this backward pass."""
-        if self.backward_pass != torch._C._current_graph_task_id():
-            return None
+        self.begin()
         if self.records:
             self.multiply()
         total, self.total = self.total, None
@@ -694,8 +634,8 @@ def sum_of_products(records):
 
 
 class HandOut(torch.autograd.Function):
-    """Hands a weight of the pool, cast once, to all layers. ExpertFFN returns no gradient for it, but autograd still
-    calls the backward here after all of theirs: then the gradient is complete.
+    """Hands a weight of the pool, cast once, to layers. ExpertFFN returns no gradient for it but leaves it with
+    ctx.gradient; autograd still calls the backward here after all of theirs, when the gradient is complete.
     """
 
     @staticmethod
@@ -712,43 +652,65 @@ class HandOut(torch.autograd.Function):
         return (sum(parts[1:], parts[0]).to(ctx.dtype) if parts else None), None
 
 
-class ExpertFFN(torch.autograd.Function):
-    """expert_ffn. Of activations it keeps rows and hidden; what lies between the products is computed again in the
-    backward pass. For a weight from HandOut it returns no gradient, but leaves it there.
+@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
+def expert_ffn(pairs, pair_of_row, ends, weights, fuse):
+    """e_i(x) of each pair, of its expert i; 0 for the pairs behind ends[-1]. pairs: (R, C), weights: as in pool_ffn.
+
+    fuse: compile what lies between the products, by itself.
     """
+    # What is not handed out to all layers is so to this one alone: then autograd adds up what the layers return.
+    weights = [w if isinstance(w.grad_fn, HandOut._backward_cls) else HandOut.apply(w, w.detach()) for w in weights]
+    return ExpertFFN.apply(pairs, pair_of_row, ends, *weights, compiled(swiglu) if fuse else swiglu)
+
+
+compiled = functools.cache(torch.compile)
+
+
+class ExpertFFN(torch.autograd.Function):
+    """Of activations it keeps rows and hidden; what lies between the products is computed again, going backward."""
 
     @staticmethod
-    def forward(ctx, rows, ends, gate_up, down, activation):
+    def forward(ctx, pairs, pair_of_row, ends, gate_up, down, activation):
+        rows = pairs[pair_of_row]  # (R, C)
         hidden = grouped_product(rows, gate_up, ends)  # (R, 2H)
-        ctx.save_for_backward(rows, ends, gate_up, down, hidden)
+        ctx.save_for_backward(rows, pair_of_row, ends, gate_up, down, hidden)
         ctx.activation = activation
-        ctx.handed_out = [isinstance(weight.grad_fn, HandOut._backward_cls) for weight in (gate_up, down)]
-        ctx.gradients = [weight.grad_fn.gradient if handed_out else PoolGradient(weight)
-                         for weight, handed_out in zip((gate_up, down), ctx.handed_out)]  # fmt: skip
-        return grouped_product(activation(hidden), down, ends)
+        # Of a frozen weight, which has no grad_fn, the gradient is thrown away.
+        ctx.gradients = [getattr(w.grad_fn, "gradient", None) or PoolGradient(w) for w in (gate_up, down)]
+        return by_pair(grouped_product(activation(hidden), down, ends), pair_of_row, ends)
 
     @staticmethod
     @once_differentiable
     @torch.compiler.disable
     def backward(ctx, dy):
-        rows, ends, gate_up, down, hidden = ctx.saved_tensors
+        rows, pair_of_row, ends, gate_up, down, hidden = ctx.saved_tensors
         of_gate_up, of_down = ctx.gradients
+        dy = dy[pair_of_row]  # (R, C), 0 behind ends[-1]
         if in_one_product(gate_up) and in_one_product(down):
-            dh = grouped_product(dy, down.mT, ends)  # (R, H)
-            h, d_hidden = with_gradient(ctx.activation, hidden, dh)
+            h, d_hidden = with_gradient(ctx.activation, hidden, grouped_product(dy, down.mT, ends))
             of_gate_up.record(ends, rows, d_hidden)
             of_down.record(ends, h, dy)
             dx = grouped_product(d_hidden, gate_up.mT, ends)
         else:  # expert by expert, so that what lies between the products stays in the cache
             dx = torch.empty_like(rows)
-            weights = gate_up, down, of_gate_up.so_far(), of_down.so_far()
-            for x, dy_i, hidden_i, dx_i, w1, w2, dw1, dw2 in by_expert(ends, (rows, dy, hidden, dx), weights):
+            tensors = rows, dy, hidden, dx, gate_up, down, of_gate_up.so_far(), of_down.so_far()
+            for x, dy_i, hidden_i, dx_i, w1, w2, dw1, dw2 in by_expert(ends, *tensors):
                 h, d_hidden = with_gradient(ctx.activation, hidden_i, dy_i @ w2.t())
                 torch.mm(d_hidden, w1.t(), out=dx_i)
                 dw1.addmm_(x.t().to(dw1.dtype), d_hidden.to(dw1.dtype))
                 dw2.addmm_(h.t().to(dw2.dtype), dy_i.to(dw2.dtype))
-        own = [None if handed_out else gradient.take() for gradient, handed_out in zip(ctx.gradients, ctx.handed_out)]
-        return dx, None, *own, None
+        return by_pair(dx, pair_of_row, ends), None, None, None, None, None
+
+
+def by_pair(rows, pair_of_row, ends):
+    """The rows back at their pairs' places; 0 for those behind ends[-1], which nothing has written."""
+    rows.masked_fill_((torch.arange(len(rows), device=rows.device) >= ends[-1])[:, None], 0)
+    return torch.empty_like(rows).index_copy_(0, pair_of_row, rows)
+
+
+def in_one_product(weight):
+    """Whether a weight's gradient is made by one grouped product over all layers, or each layer adds its part."""
+    return weight.is_cuda and has_grouped_mm(weight)
 
 
 def with_gradient(function, x, dy):
@@ -757,18 +719,6 @@ def with_gradient(function, x, dy):
         x = x.detach().requires_grad_()
         y = function(x)
     return y.detach(), torch.autograd.grad(y, x, dy)[0]
-
-
-compiled = functools.cache(torch.compile)
-
-
-@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
-def expert_ffn(rows, ends, weights, fuse):
-    """e_i(x) for the rows x of every expert i. rows: (R, C), ends: (M,), weights: as in pool_ffn -> (R, C).
-
-    fuse: compile what lies between the products, by itself.
-    """
-    return ExpertFFN.apply(rows, ends, *weights, compiled(swiglu) if fuse else swiglu)
 
 
 LOSS_CHUNK = 4096  # tokens whose logits are held at a time
@@ -791,13 +741,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dx, dw = torch.empty_like(x, dtype=dtype), torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(x), LOSS_CHUNK):
             x_i, target = x[i : i + LOSS_CHUNK].to(dtype), targets[i : i + LOSS_CHUNK].unsqueeze(1)
-            counts = target != -1
-            target = torch.where(counts, target, 0)
+            share, target = (target != -1) / n, target.clamp(min=0)  # share: what the token's loss counts
             log_p = (x_i @ w.t()).float().log_softmax(dim=-1)
-            loss = loss - torch.where(counts, log_p.gather(1, target), 0).sum() / n  # torch 2.11 miscompiles `-=` here
+            loss = loss - (share * log_p.gather(1, target)).sum()  # torch 2.11 miscompiles `-=` here
             if training:
-                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-                d_logits = d_logits.mul_(counts / n).to(dtype)
+                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(share)).mul_(share).to(dtype)
                 dx[i : i + LOSS_CHUNK] = d_logits @ w
                 dw += d_logits.t() @ x_i
             log_p = d_logits = None  # before the next chunk makes its own
