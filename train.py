@@ -14,6 +14,7 @@ Every field of UniPoolConfig is a flag too: --n_pool=6 shares each pool among a 
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -64,9 +65,7 @@ class Settings:
     decay_steps: int | None = flag(None, "where the cosine ends (60,000, or tiny's 360; not moved by --max_steps)")
     warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises", low=0, high=1)
     batch_size: int = flag(512, "sequences a step, over all processes", high=2**24)
-    micro_batch_size: int | None = flag(
-        None, "sequences a forward pass, in each process (the most up to 16,384 tokens that divide)"
-    )
+    micro_batch_size: int | None = flag(None, "sequences a forward pass, in each process (up to 16,384 tokens)")
     lr: float = flag(5e-4, "highest learning rate", low=0, high=1e3)
     min_lr: float = flag(5e-5, "learning rate at the end of the cosine", low=0, high=1e3)
     weight_decay: float = flag(0.01, "of parameters with two or more dimensions", low=0, high=1e3)
@@ -114,32 +113,26 @@ def parse_flags(argv):
 
 def settle(given, saved):
     """Settings and UniPoolConfig from the given flags and, on resuming, the checkpoint (else None). Raises BadInput."""
-    out_dir = given.get("out_dir", Settings.out_dir)
-    model_flags = {name: given[name] for name in given if name in UniPoolConfig.__dataclass_fields__}
-    own_flags = {name: given[name] for name in given if name not in model_flags}
-    try:
-        if saved is None:
-            recipe = TINY if given.get("scale", Settings.scale) == "tiny" else {}
-            settings = Settings(**(recipe | own_flags))
+    model_flags = {name: value for name, value in given.items() if name in UniPoolConfig.__dataclass_fields__}
+    own_flags = {name: value for name, value in given.items() if name not in model_flags}
+    if saved is None:
+        recipe = TINY if given.get("scale", Settings.scale) == "tiny" else {}
+        settings = Settings(**(recipe | own_flags))
+        try:
             config = UniPoolConfig.from_scale(settings.scale, settings.arch, **model_flags)
-            if settings.decay_steps is None:
-                settings.decay_steps = recipe.get("max_steps", Settings.max_steps)
-            if settings.eval_tokens is None:
-                settings.eval_tokens = 8 * settings.batch_size * config.block_size
-        else:
-            fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
-            for name, value in given.items():
-                if name in fixed and value != fixed[name]:
-                    raise BadInput(
-                        f"--{name}={value}, but the checkpoint in {out_dir} was trained with {name}="
-                        f"{fixed[name]}: leave the flag out, or start a new run in another --out_dir"
-                    )
-            settings = Settings(**(saved["settings"] | own_flags))
-            config = UniPoolConfig(**saved["config"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(
-            f"{out_dir}/ckpt.pt does not fit this code, or is damaged: {error}" if saved else error
-        ) from None
+        except ValueError as error:
+            raise BadInput(error) from None
+        if settings.decay_steps is None:
+            settings.decay_steps = recipe.get("max_steps", Settings.max_steps)
+        if settings.eval_tokens is None:
+            settings.eval_tokens = 8 * settings.batch_size * config.block_size
+    else:
+        fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
+        for name in fixed.keys() & given.keys():
+            if given[name] != fixed[name]:
+                raise BadInput(f"--{name}={given[name]}, but the checkpoint was trained with {name}={fixed[name]}: "
+                               "leave the flag out, or start a new run in another --out_dir")  # fmt: skip
+        settings, config = Settings(**(saved["settings"] | own_flags)), UniPoolConfig(**saved["config"])
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
@@ -150,31 +143,39 @@ def settle(given, saved):
 def split_batch(settings, config, world_size):
     """(sequences of a process's micro-batch, micro-batches of a step). Raises BadInput."""
     per_process, size = settings.batch_size // world_size, settings.micro_batch_size
-    if size is None:
+    if size is None:  # the largest of at most LARGEST_MICRO_BATCH tokens that divides
         most = max(1, LARGEST_MICRO_BATCH // config.block_size)
         size = max((n for n in range(1, most + 1) if per_process % n == 0), default=1)
     if settings.batch_size % (world_size * size):
-        raise BadInput(
-            f"--batch_size={settings.batch_size} must be a multiple of {world_size} process(es) x "
-            f"--micro_batch_size={size} = {world_size * size}"
-        )
+        multiple = f"{world_size} process(es) x --micro_batch_size={size} = {world_size * size}"
+        raise BadInput(f"--batch_size={settings.batch_size} must be a multiple of {multiple}")
     return size, per_process // size
 
 
+def learning_rate(step, settings):
+    """Linear warm-up, then a cosine from lr to min_lr at decay_steps. `step` counts from 0."""
+    warmup_steps = max(1, round(settings.warmup * settings.decay_steps))
+    if step < warmup_steps:
+        return settings.lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, settings.decay_steps - warmup_steps))
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Device, data, and the rate of learning
+# Device and data
 
 
 def find_device(name):
     """The torch.device of that name; None is the best there is; "cuda" under torchrun is this process's own GPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if "LOCAL_RANK" in os.environ and ":" in name:
+    local_rank, processes_here = (os.environ.get(variable) for variable in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if local_rank and ":" in name:
         raise BadInput(f"--device={name} would put every process on one device: give cuda")
-    if name == "cuda" and 0 < torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+    if name == "cuda" and 0 < torch.cuda.device_count() < int(processes_here or 1):
         raise BadInput(f"--device=cuda: more processes than the {torch.cuda.device_count()} GPUs here: start fewer")
     try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        device = torch.device(f"cuda:{local_rank or 0}" if name == "cuda" else name)
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("no such kind of device")
         torch.empty(1, device=device)
@@ -188,17 +189,13 @@ def find_data(settings, device):
     """The data folder: the one given, else the Pile's, or the standard library's for tiny and for trials on a CPU."""
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes on this machine
     pile, stdlib = SOURCES["pile"]["out_dir"], SOURCES["stdlib"]["out_dir"]
-    data_dir = settings.data_dir
-    if data_dir is None:
-        data_dir = stdlib if settings.scale == "tiny" else pile
-        if data_dir == pile and not (Path(pile) / "meta.json").exists():
-            if device.type != "cpu":
-                raise BadInput(
-                    f"--data_dir: {pile} is not made: run python prepare_pile.py, or try --data_dir={stdlib}"
-                )
-            data_dir = stdlib
-            if first_here:
-                print(f"{pile} is missing (python prepare_pile.py makes it): a trial on the standard library's sources")
+    data_dir = settings.data_dir or (stdlib if settings.scale == "tiny" else pile)
+    if settings.data_dir is None and data_dir == pile and not (Path(pile) / "meta.json").exists():
+        if device.type != "cpu":
+            raise BadInput(f"--data_dir: {pile} is not made: run python prepare_pile.py, or try --data_dir={stdlib}")
+        data_dir = stdlib
+        if first_here:
+            print(f"{pile} is missing (python prepare_pile.py makes it): a trial on the standard library's sources")
     while Path(data_dir) == Path(stdlib) and not (Path(stdlib) / "meta.json").exists():  # which is written last
         if first_here:
             with contextlib.suppress(Taken):  # another run makes it, or just has
@@ -247,17 +244,90 @@ def shard(model, device, mesh):
     model.register_forward_pre_hook(gather_pools)
 
 
-def learning_rate(step, settings):
-    """Linear warm-up, then a cosine from lr to min_lr at decay_steps. `step` counts from 0."""
-    warmup_steps = max(1, round(settings.warmup * settings.decay_steps))
-    if step < warmup_steps:
-        return settings.lr * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, settings.decay_steps - warmup_steps))
-    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+def whole(tensor):
+    """The tensor, gathered if it is split over the processes; then all of them must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# Measurements
+
+# Dense bf16 FLOP/s from the makers' data sheets; the first name found in the GPU's own counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device):
+    """FLOP/s of the GPU, or None where it is not known (then there is no MFU)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+
+
+def pool_utilisation(usage, n_pool):
+    """(effective share of experts, experts that serve nothing) from usage (L, M), the f of each layer.
+
+    The share is exp(entropy of f_bar, normalised to sum to 1) / M, averaged over the pools: 1 if all experts serve
+    equally many pairs, 1/M if one serves all, 0 if none serves any.
+    """
+    f_bar = usage.cpu().double().unflatten(0, (n_pool, -1)).mean(dim=1)  # (G, M)
+    total = f_bar.sum(dim=1, keepdim=True)
+    entropy = torch.special.entr(f_bar / total.clamp(min=1e-300)).sum(dim=1)  # (G,)
+    effective = entropy.exp() * (total[:, 0] > 0)
+    return (effective / f_bar.size(1)).mean().item(), int((f_bar == 0).sum())
+
+
+def routing_figures(model, usage, scores):
+    """What the log says of the routing in one step. usage, scores: (L, M), the f and P of each layer.
+
+    unserved: share of the (token, choice) pairs whose gate is 0. By layer: the mean sum of a token's scores, and sigma.
+    """
+    figures = dict(zip(("pool_utilisation", "dead_experts"), pool_utilisation(usage, model.config.n_pool)))
+    unserved = 1 - usage.cpu().double().sum(dim=1).mean().item()
+    figures["unserved"] = max(0.0, round(unserved, 6))  # fp32's rounding is not load
+    figures["score_sum"] = scores.sum(dim=1).tolist()
+    if model.config.router == "norm":
+        figures["sigma"] = whole(torch.cat([block.router.sigma.detach() for block in model.blocks])).tolist()
+    return figures
+
+
+def status(line):
+    """What the terminal says of a step that was evaluated, from its line of metrics.jsonl."""
+    text = "step {step}: val loss {val_loss:.4f}, train loss {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+    text += ", MFU {mfu:.1%}" if "mfu" in line else ""
+    text += ", pool used {pool_utilisation:.0%}, pairs unserved {unserved:.1%}" if "unserved" in line else ""
+    return text.format(**line)
+
+
+def validation_indices(data, eval_tokens, at_once=1):
+    """The numbers of at least one and about eval_tokens' worth of sequences, spread evenly over the split."""
+    count = max(1, min(len(data), eval_tokens // data.block_size))
+    if count > at_once:  # whole micro-batches: another size would be compiled anew
+        count -= count % at_once
+    return np.linspace(0, len(data) - 1, count).astype(np.int64)
+
+
+@torch.no_grad()
+def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, device):
+    """Mean cross-entropy in nats a token over at least one and about eval_tokens tokens; each process takes a part."""
+    model.eval()
+    indices = validation_indices(data, eval_tokens, micro_batch_size * world_size)
+    own = indices[rank::world_size]
+    total = torch.zeros(2, device=device)  # sum of losses, number of sequences
+    for i in range(0, max(1, len(own)), micro_batch_size):
+        part = own[i : i + micro_batch_size]
+        x, y = read_batch(data, part if len(part) else indices[:1], device)  # sharded, all must take part
+        with autocast(device):
+            total += torch.stack([model(x, y, keep_logits=False).loss, total.new_ones(())]) * len(part)
+    if world_size > 1:
+        dist.all_reduce(total)
+    model.train()
+    return (total[0] / total[1]).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run's files: checkpoints, and metrics.jsonl
 
 
 def load_checkpoint(path, mmap=False, verify=False):
@@ -273,12 +343,12 @@ def load_checkpoint(path, mmap=False, verify=False):
         if verify and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        for name in ("model", "optimizer", "tokenizer", "step", "position", "rng", "best", "skipped"):
+            checkpoint[name]
+        UniPoolConfig(**checkpoint["config"]), Settings(**checkpoint["settings"])
     except Exception as error:  # damaged bytes fail in as many ways as there are places to damage
-        reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"{path} is damaged, cut short or no checkpoint ({reason}): use another one") from None
-    needed = {"model", "optimizer", "config", "settings", "tokenizer", "step", "position", "rng", "best", "skipped"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
-        raise BadInput(f"{path} is not a checkpoint of train.py: use another one")
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        raise BadInput(f"{path} is damaged, cut short or no checkpoint of train.py ({reason}): use another") from None
     return checkpoint
 
 
@@ -289,8 +359,7 @@ def kept_name(age):
 
 def load_newest(out_dir, mmap):
     """(checkpoint, path, damaged paths) of the newest one that is whole. Raises BadInput if there is none."""
-    paths = [out_dir / kept_name(age) for age in range(1000)]
-    paths = [path for path in paths if path.exists()] or paths[:1]
+    paths = [path for age in range(1000) if (path := out_dir / kept_name(age)).exists()] or [out_dir / kept_name(0)]
     for i, path in enumerate(paths):
         try:
             return load_checkpoint(path, mmap, verify=True), path, paths[:i]
@@ -303,11 +372,11 @@ def load_newest(out_dir, mmap):
 
 def load_model(checkpoint, path, device):
     """The model of a checkpoint, on `device`. Raises BadInput if its weights are not those of its config."""
+    with torch.device("meta"):
+        model = UniPool(UniPoolConfig(**checkpoint["config"]))
     try:
-        with torch.device("meta"):
-            model = UniPool(UniPoolConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"], assign=True)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError) as error:
         raise BadInput(f"{path}: its weights and its config do not match ({error}): use another checkpoint") from None
     return model.to(device)
 
@@ -315,10 +384,8 @@ def load_model(checkpoint, path, device):
 def check_tokenizer(data_dir, meta, checkpoint, path):
     """Raise BadInput unless the data is of the tokenizer that the checkpoint was trained with."""
     if meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise BadInput(
-            f"{data_dir}/meta.json: tokenizer {meta['tokenizer']}, but {path} was trained with "
-            f"{checkpoint['tokenizer']}: give the run's own --data_dir"
-        )
+        raise BadInput(f"{data_dir}/meta.json: tokenizer {meta['tokenizer']}, but {path} was trained with "
+                       f"{checkpoint['tokenizer']}: give the run's own --data_dir")  # fmt: skip
 
 
 def restore(model, optimizer, saved, path):
@@ -376,6 +443,16 @@ def save_checkpoint(out_dir, contents, keep, is_best):
         raise BadInput(f"{path} cannot be written ({reason}): make room, then --resume from what is there") from None
 
 
+def add_metrics(path, line):
+    """Append a line to metrics.jsonl; null stands for what is not finite, which JSON cannot hold."""
+    finite = json.loads(json.dumps(line), parse_constant=lambda name: None)
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(finite) + "\n")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}): make room, then --resume") from None
+
+
 def trim_metrics(path, step):
     """Drop the lines of metrics.jsonl after `step`: the resumed run writes them anew."""
     kept = []
@@ -388,124 +465,12 @@ def trim_metrics(path, step):
     os.replace(temporary, path)
 
 
-def add_metrics(path, line):
-    """Append a line to metrics.jsonl; null stands for what is not finite, which JSON cannot hold."""
-
-    def finite(value):
-        if isinstance(value, list):
-            return [finite(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}): make room, then --resume") from None
-
-
 def keep_earlier_run(out_dir):
     """Move the files of a run that this one would overwrite to out_dir/old-1, or old-2 ..."""
-    files = [path for pattern in ("ckpt*.pt", "best.pt", "metrics.jsonl") for path in out_dir.glob(pattern)]
-    number = 1
-    while (out_dir / f"old-{number}").exists():
-        number += 1
-    for path in files:
+    number = next(n for n in itertools.count(1) if not (out_dir / f"old-{n}").exists())
+    for path in [*out_dir.glob("ckpt*.pt"), *out_dir.glob("best.pt"), *out_dir.glob("metrics.jsonl")]:
         (out_dir / f"old-{number}").mkdir(exist_ok=True)
         os.replace(path, out_dir / f"old-{number}" / path.name)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Measurements
-
-# Dense bf16 FLOP/s from the makers' data sheets; the first name found in the GPU's own counts.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
-
-
-def peak_flops(device):
-    """FLOP/s of the GPU, or None where it is not known (then there is no MFU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
-
-
-def whole(tensor):
-    """The tensor, gathered if it is split over the processes; then all of them must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def pool_utilisation(usage, n_pool):
-    """(effective share of experts, experts that serve nothing) from usage (L, M), the f of each layer.
-
-    The share is exp(entropy of f_bar, normalised to sum to 1) / M, averaged over the pools: 1 if all experts serve
-    equally many pairs, 1/M if one serves all, 0 if none serves any.
-    """
-    f_bar = usage.cpu().double().unflatten(0, (n_pool, -1)).mean(dim=1)  # (G, M)
-    total = f_bar.sum(dim=1, keepdim=True)
-    entropy = torch.special.entr(f_bar / total.clamp(min=1e-300)).sum(dim=1)  # (G,)
-    effective = entropy.exp() * (total[:, 0] > 0)
-    return (effective / f_bar.size(1)).mean().item(), int((f_bar == 0).sum())
-
-
-def routing_figures(model, usage, scores):
-    """What the log says of the routing in one step. usage, scores: (L, M), the f and P of each layer.
-
-    unserved: share of the (token, choice) pairs whose gate is 0. By layer: the mean sum of a token's scores, and sigma.
-    """
-    figures = dict(zip(("pool_utilisation", "dead_experts"), pool_utilisation(usage, model.config.n_pool)))
-    figures["unserved"] = max(
-        0.0, round(1 - usage.cpu().double().sum(dim=1).mean().item(), 6)
-    )  # fp32's rounding is not load
-    figures["score_sum"] = scores.sum(dim=1).tolist()
-    if model.config.router == "norm":
-        sigmas = torch.cat([block.router.sigma.detach() for block in model.blocks])
-        figures["sigma"] = whole(sigmas).tolist()
-    return figures
-
-
-def status(line):
-    """What the terminal says of a step that was evaluated, from its line of metrics.jsonl."""
-    text = "step {step}: val loss {val_loss:.4f}, train loss {train_loss:.4f}, grad norm {grad_norm:.2f}, "
-    text += "{tokens_per_second:,.0f} tokens/s" + (", MFU {mfu:.1%}" if "mfu" in line else "")
-    if "unserved" in line:
-        text += (
-            "\n  routing: balance loss {balance_loss:.3f}, utilisation {pool_utilisation:.0%}, unserved {unserved:.1%}"
-        )
-    text = text.format(**line)
-    for name in ("sigma", "score_sum"):
-        if name in line:
-            text += f", {name} {min(line[name]):.2f} to {max(line[name]):.2f}"
-    return text
-
-
-def validation_indices(data, eval_tokens, at_once=1):
-    """The numbers of at least one and about eval_tokens' worth of sequences, spread evenly over the split."""
-    count = max(1, min(len(data), eval_tokens // data.block_size))
-    if count > at_once:  # whole micro-batches: another size would be compiled anew
-        count -= count % at_once
-    return np.linspace(0, len(data) - 1, count).astype(np.int64)
-
-
-@torch.no_grad()
-def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, device):
-    """Mean cross-entropy in nats a token over at least one and about eval_tokens tokens; each process takes a part."""
-    model.eval()
-    indices = validation_indices(data, eval_tokens, micro_batch_size * world_size)
-    own = indices[rank::world_size]
-    total = torch.zeros(2, device=device)  # sum of losses, number of sequences
-    for i in range(0, max(1, len(own)), micro_batch_size):
-        part = own[i : i + micro_batch_size]
-        x, y = read_batch(data, part if len(part) else indices[:1], device)  # sharded, all must take part
-        with autocast(device):
-            total[0] += model(x, y, keep_logits=False).loss * len(part)
-        total[1] += len(part)
-    if world_size > 1:
-        dist.all_reduce(total)
-    model.train()
-    return (total[0] / total[1]).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -552,7 +517,6 @@ def run(argv):
         shard(model, device, dist.init_device_mesh(device.type, (world_size,)))
     betas = (settings.beta1, settings.beta2)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
-    divisor = 1 if sharded else world_size  # of gradients that are summed over the processes; FSDP averages by itself
     step = position = 0  # optimizer steps done, training sequences seen
     skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped: in all, and the last ones in a row
     best = math.inf  # lowest validation loss
@@ -566,7 +530,7 @@ def run(argv):
     use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = torch.compile(model) if use_compile else model
 
-    # ---- Logs
+    # ---- Logs, and signals
     metrics_path = out_dir / "metrics.jsonl"
     if is_main:
         try:
@@ -577,25 +541,16 @@ def run(argv):
         except OSError as error:
             raise BadInput(f"--out_dir={out_dir} cannot be written ({error.strerror}): give another") from None
         pools = f"{config.n_expert} experts in {config.n_pool} pool(s), top-{config.top_k}"
-        print(
-            f"model: {settings.arch} {settings.scale}, {model.num_params():,} parameters ({model.num_params(True):,} "
-            f"active), {pools if config.n_expert else 'no experts'}\n"
-            f"data: {data_dir}, {meta['train_tokens']:,} training tokens ({meta['tokenizer']})\n"
-            f"step: {settings.batch_size * config.block_size:,} tokens, in {accumulation} micro-batch(es) of "
-            f"{micro_batch_size} sequences on {world_size} {device.type} process(es)"
-        )
-        if settings.max_steps != settings.decay_steps:
-            print(
-                f"note: the run ends at step {settings.max_steps}, the learning rate's schedule at step "
-                f"{settings.decay_steps}; --decay_steps={settings.max_steps} lets them end together"
-            )
+        print(f"model: {settings.arch} {settings.scale}, {model.num_params():,} parameters ({model.num_params(True):,} "
+              f"active), {pools if config.n_expert else 'no experts'}{', compiled' if use_compile else ''}\n"
+              f"data: {data_dir}, {meta['train_tokens']:,} training tokens ({meta['tokenizer']})\n"
+              f"steps: {settings.max_steps:,} (the cosine ends at {settings.decay_steps:,}) of "
+              f"{settings.batch_size * config.block_size:,} tokens, in {accumulation} micro-batch(es) of "
+              f"{micro_batch_size} sequences on {world_size} {device.type} process(es)")  # fmt: skip
     peak = peak_flops(device)
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
-    window_start, window_tokens = time.perf_counter(), 0  # since the last line of the log, for tokens/s
-    compiling, warned = use_compile and is_main, False
     writer, writing = ThreadPoolExecutor(1), None  # the thread that writes checkpoints, and what it is at
-
     stop = []  # signals that came during the loop: it finishes the step, saves and ends; the third ends at once
 
     def on_signal(number, frame):
@@ -605,16 +560,13 @@ def run(argv):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-
-    # ---- The loop
     if is_main and step >= settings.max_steps:
         bar.write(f"nothing to do: step {step} has reached --max_steps={settings.max_steps}; a larger one goes on")
-    model.train()
-    while step < settings.max_steps:
-        lr = learning_rate(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
 
+    # ---- The loop
+    model.train()
+    window_start, window_tokens, warned, stopping = time.perf_counter(), 0, False, False
+    while step < settings.max_steps and not stopping:
         # This step's sequences are the same for any number of processes; each process takes a contiguous part.
         indices = train_data.in_order(position, settings.batch_size, settings.seed)[rank * per_process :][:per_process]
         losses = torch.zeros(2, device=device)  # cross-entropy and balance loss, averaged over the micro-batches
@@ -627,45 +579,44 @@ def run(argv):
             with autocast(device):
                 out = forward(x, y, keep_logits=False)
                 loss = out.loss + config.balance_coef * out.balance_loss
-            (loss / accumulation / divisor).backward()
+            (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             routing = routing + torch.stack([out.usage, out.mean_scores.detach()]) / accumulation
             for pool in model.pools:
                 pool.keep_copies = not last  # the next micro-batch finds the same weights
         if world_size > 1:
-            # The pool's gradient is complete only when the backward pass ends: nothing is left to overlap with.
+            # FSDP has averaged --shard's gradients. The pool's is complete only when the backward pass ends, so that
+            # there is nothing to overlap with.
             gradients = [] if sharded else [p.grad for p in model.parameters() if p.grad is not None]
             for tensor in (losses, routing, *gradients):
-                dist.all_reduce(tensor)
-            losses, (usage, scores) = losses / world_size, routing / world_size
-        else:
-            usage, scores = routing
+                dist.all_reduce(tensor.div_(world_size))
+        usage, scores = routing
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf))
         # A loss or gradient that is not finite skips the step. Fused AdamW does so by itself, told in the way of
         # torch.amp.GradScaler: the loop need not wait for the GPU to know.
         bad = ~(losses.sum() + grad_norm).isfinite()
         optimizer.found_inf = bad.float()
+        lr = learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         if config.balance == "bias":
             model.update_bias(usage * ~bad)
         skipped = torch.stack([skipped[0] + bad, (skipped[1] + 1) * bad])
-
-        if compiling:
-            bar.write(f"first step: {time.perf_counter() - window_start:.0f} s, with torch.compile's work in it")
-            compiling = False
         step += 1
         position += settings.batch_size
         window_tokens += settings.batch_size * config.block_size
+        bar.update()
+
+        # ---- What is logged
         signals = torch.tensor(len(stop))
         if world_size > 1:
             dist.all_reduce(signals, group=control)
         stopping = signals.item() > 0
         evaluating = step % settings.eval_interval == 0 or step == settings.max_steps
-        logging = step % settings.log_interval == 0 or evaluating
         is_best = False
-
-        if logging:
+        if evaluating or step % settings.log_interval == 0:
             (train_loss, balance_loss), grad_norm = losses.tolist(), grad_norm.item()  # waits for the GPU
             n_skipped, in_a_row = skipped.tolist()
             stopping = stopping or in_a_row >= MOST_SKIPPED
@@ -675,19 +626,16 @@ def run(argv):
                         skipped_steps=n_skipped)  # fmt: skip
             if config.n_expert:
                 line |= routing_figures(model, usage, scores)
-                if line["unserved"] > 0.5 and not warned and is_main:
-                    warned = True
-                    bar.write(
-                        f"warning: step {step}: no expert serves {line['unserved']:.0%} of the (token, choice) pairs, "
-                        f"for all their scores are 0: try a lower --balance_coef than {config.balance_coef:g}"
-                    )
+            unserved = line.get("unserved", 0)
+            if unserved > 0.5 and not warned and is_main:
+                warned = True
+                bar.write(f"warning: step {step}: no expert serves {unserved:.0%} of the (token, choice) pairs, whose "
+                          f"scores are all 0: try a lower --balance_coef than {config.balance_coef:g}")  # fmt: skip
             if peak:
-                flops_per_token = model.flops_per_token(served=1 - line.get("unserved", 0))
-                line["mfu"] = tokens_per_second * flops_per_token / (peak * world_size)
+                line["mfu"] = tokens_per_second * model.flops_per_token(1 - unserved) / (peak * world_size)
             if evaluating:
-                line["val_loss"] = validate(
-                    forward, val_data, settings.eval_tokens, micro_batch_size, rank, world_size, device
-                )
+                args = settings.eval_tokens, micro_batch_size, rank, world_size, device
+                line["val_loss"] = validate(forward, val_data, *args)
                 is_best = line["val_loss"] < best
                 best = min(best, line["val_loss"])
             if is_main:
@@ -695,7 +643,8 @@ def run(argv):
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
                 if evaluating:
                     bar.write(status(line))
-        bar.update()
+
+        # ---- What is saved
         if writing and writing.done():
             writing.result()  # raises what went wrong in the thread
         is_last = step == settings.max_steps or stopping
@@ -710,22 +659,19 @@ def run(argv):
             if is_main:
                 writing = writer.submit(save_checkpoint, out_dir, state, settings.keep, is_best)
             del state
-        if stopping:
-            break
-        if logging:
+        if evaluating or step % settings.log_interval == 0:
             window_start, window_tokens = time.perf_counter(), 0
+
+    # ---- The end
     bar.close()
     if writing:
         writing.result()
     n_skipped, in_a_row = skipped.tolist()
     if in_a_row >= MOST_SKIPPED or in_a_row >= step - first_step > 0:
-        what = f"the last {in_a_row} steps had a loss or gradient that is not finite and were skipped"
-        if n_skipped == step:
-            raise BadInput(f"--lr={settings.lr}: {what}, as all before: nothing is saved; change the model's flags")
-        raise BadInput(
-            f"--lr={settings.lr}: {what}; stopped at step {step}, with the weights from before them in "
-            f"{out_dir / kept_name(0)}: --resume with a lower --lr"
-        )
+        end = "nothing is saved: change the model's flags" if n_skipped == step else (
+            f"{out_dir / kept_name(0)} has the weights from before them: --resume with a lower --lr")  # fmt: skip
+        raise BadInput(f"--lr={settings.lr}: stopped at step {step}, for the last {in_a_row} steps had a loss or "
+                       f"gradient that is not finite and were skipped; {end}")  # fmt: skip
     if is_main:
         if step < settings.max_steps:
             print(f"stopped by {signal.Signals(stop[0]).name if stop else 'a signal'}; --resume goes on")

@@ -495,9 +495,10 @@ class UniPool(nn.Module):
         here on are padding and never chosen. Past block_size tokens the context is a sliding window, computed afresh
         for every token (as in nanoGPT), because cropping moves every position; before that, keys and values are cached.
         """
-        if idx.size(1) == 0 or temperature < 0 or (top_k is not None and top_k < 1):
-            bad = f"{idx.size(1)} tokens to start from, temperature={temperature}, top_k={top_k}"
-            raise ValueError(f"{bad}: at least one token, 0 and 1 are needed")
+        if idx.size(1) == 0:
+            raise ValueError("idx is empty: generation needs at least one token to start from")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature={temperature} must not be negative and top_k={top_k} at least 1")
         block_size = self.config.block_size
         idx = new = idx[:, -block_size:]  # new: the tokens that the model has not seen yet
         caches = [[] for _ in self.blocks]
@@ -741,7 +742,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dx, dw = torch.empty_like(x, dtype=dtype), torch.zeros_like(weight, dtype=torch.float32)
         for i in range(0, len(x), LOSS_CHUNK):
             x_i, target = x[i : i + LOSS_CHUNK].to(dtype), targets[i : i + LOSS_CHUNK].unsqueeze(1)
-            share, target = (target != -1) / n, target.clamp(min=0)  # share: what the token's loss counts
+            share, target = (target != -1) / n, target.where(target != -1, 0)  # share: what the token's loss counts
             log_p = (x_i @ w.t()).float().log_softmax(dim=-1)
             loss = loss - (share * log_p.gather(1, target)).sum()  # torch 2.11 miscompiles `-=` here
             if training:
