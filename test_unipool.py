@@ -116,8 +116,7 @@ def test_the_papers_scales(scale, L, C, heads, alpha, printed):
     assert abs(models["dense"].num_params() / float(scale[:-1]) / 1e6 - 1) < 0.01, "a scale is named by its dense twin"
 
 
-def test_the_papers_training_recipe():
-    """Table 8."""
+def test_training_recipe_of_table_8():
     settings, _ = train.settle(dict(scale="182m"), None)
     assert (settings.max_steps, settings.batch_size, settings.lr, settings.min_lr) == (60_000, 512, 5e-4, 5e-5)
     assert (settings.warmup, settings.grad_clip, settings.weight_decay) == (0.01, 1.0, 0.01)
@@ -251,8 +250,7 @@ def test_gates_of_an_untrained_norm_router_have_norm_one(top_k, n_expert):
     torch.nn.init.eye_(router.weight)
     z = torch.randn(100_000, n_expert, generator=torch.Generator().manual_seed(5))
     z = z[(z > 0).any(dim=1)]  # all but one in 2^n_expert
-    mean = (1 / router(z)[0].norm(dim=1)).mean().item()
-    assert mean == pytest.approx(1, abs=0.01)
+    assert (1 / router(z)[0].norm(dim=1)).mean().item() == pytest.approx(1, abs=0.01)
     assert (top_k, n_expert) != (1, 96) or round(router.c, 1) == 4.0, "the paper's figure"
 
 
@@ -443,16 +441,12 @@ def test_model_loss_and_usage_against_counts(balance, n_pool, top_k):
 # Sharing
 
 
-def test_one_pool_in_the_state_dict():
-    names = [name for name in small_model().state_dict() if "pool" in name]
-    assert names == ["pools.0.gate_up", "pools.0.down"], "the shared pool must stand in the state dict once"
-
-
 @pytest.mark.parametrize("fields", [dict(), dict(n_pool=2, top_k=2), dict(n_pool=4, router="softmax", top_k=2)])
 def test_a_pool_is_shared_by_adjacent_layers(fields):
     """Against a vanilla MoE by hand: each layer has its own copy of its pool, and loops over tokens. Outputs are equal,
     and a pool's gradient is the sum of its copies'."""
     model = small_model(**fields)
+    assert sum("pool" in name for name in model.state_dict()) == 2 * model.config.n_pool, "each pool is stored once"
     idx = random_tokens(model.config)
     copies = [[copy.deepcopy(pool) for _ in range(4 // len(model.pools))] for pool in model.pools]
     x = model.embedding(idx)
@@ -690,14 +684,12 @@ def test_loss_under_bf16_autocast_is_an_fp32_number():
     def whole(x, weight):
         return F.cross_entropy(F.linear(x, weight).float(), targets)
 
-    def chunked(x, weight, training=True):
-        return unipool.ChunkedCrossEntropy.apply(x, weight, targets, training)
-
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
     exact = whole(*exact_inputs)
     expected = torch.autograd.grad(exact, exact_inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, of_whole = (chunked(*inputs), chunked(*inputs, training=False)), whole(*inputs)
+        losses = [unipool.ChunkedCrossEntropy.apply(*inputs, targets, training) for training in (True, False)]
+        of_whole = whole(*inputs)
     for loss in losses:
         assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), abs=2e-4)
         assert abs(loss.bfloat16().item() - exact.item()) > 2e-3, "the test needs a loss that bf16 cannot hold"
@@ -808,8 +800,7 @@ def test_cache_gives_the_full_forward_pass(batch, kind):
 def test_generate_equals_recomputing_the_cropped_context(kind, length):
     """Greedy text, batched, up to block_size and past it, against nanoGPT's loop without any cache."""
     model = small_model(**kind)
-    idx = random_tokens(model.config, length=length)
-    expected = idx
+    idx = expected = random_tokens(model.config, length=length)
     for _ in range(12):
         logits = model(expected[:, -16:]).logits[:, -1]
         expected = torch.cat([expected, logits.argmax(dim=1, keepdim=True)], dim=1)
@@ -843,6 +834,13 @@ def test_generation_refuses_an_empty_prompt_and_forward_a_long_one():
     model.trunk(idx[:, :5], caches)
     with pytest.raises(ValueError, match="one at a time"):  # the causal mask would be that of the first tokens
         model.trunk(idx[:, 5:8], caches)
+
+
+def test_weight_decay_spares_one_dimensional_parameters():
+    model = small_model()
+    groups = model.configure_optimizer(1e-3, 0.1, (0.9, 0.999), 1e-8).param_groups
+    decay = [(p.dim() > 1, group["weight_decay"]) for group in groups for p in group["params"]]
+    assert set(decay) == {(True, 0.1), (False, 0.0)} and len(decay) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
