@@ -248,7 +248,7 @@ def test_gates_of_an_untrained_norm_router_have_norm_one(top_k, n_expert):
     """What c is for (Eq. 12), with other draws than those that made it: logits that are independent normals."""
     router = NormRouter(n_expert, n_expert, top_k)
     torch.nn.init.eye_(router.weight)
-    z = torch.randn(100_000, n_expert, generator=torch.Generator().manual_seed(5))
+    z = torch.randn(40_000, n_expert, generator=torch.Generator().manual_seed(5))
     z = z[(z > 0).any(dim=1)]  # all but one in 2^n_expert
     assert (1 / router(z)[0].norm(dim=1)).mean().item() == pytest.approx(1, abs=0.01)
     assert (top_k, n_expert) != (1, 96) or round(router.c, 1) == 4.0, "the paper's figure"
