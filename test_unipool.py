@@ -32,13 +32,14 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import prepare_pile
 import sample
 import train
 import unipool
 from command import BadInput, run_command
-from experiments import ablate, compare, evaluate, probe
+from experiments import ablate, bench, compare, evaluate, probe
 from experiments import balance as study
 from experiments.fake_gpu import WHY_NOT
 from prepare_pile import get_tokenizer, prepare
@@ -2268,10 +2269,26 @@ def test_no_vocabulary_offline(capsys, tmp_path, monkeypatch):
 
 
 FAKE_STEPS = """
-import json, sys, torch, unipool
-from experiments.fake_gpu import Watch, fake_gpu
-from experiments.memory import main, prepare, simulated, train_step
+import json, sys, torch
+from experiments.bench import prepare_training, training_step
+from experiments.fake_gpu import fake_gpu
+from experiments.memory import main, simulated
+from torch.utils._python_dispatch import TorchDispatchMode
 from unipool import UniPoolConfig
+
+def is_fast(x, out):
+    # Whether grouped_mm's kernel for Hopper takes x: bf16 in and out, one dimension dense, the others in 16 bytes.
+    dense, *steps = sorted(x.stride())
+    return x.dtype == out.dtype == torch.bfloat16 and dense == 1 and not any(s * x.element_size() % 16 for s in steps)
+
+class WatchProducts(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(t.__name__ == "DTensor" for t in types):
+            return NotImplemented  # comes here again as operations on local tensors
+        out = func(*args, **kwargs or {})
+        if func is torch.ops.aten._grouped_mm.default:
+            products.append((args[1].dim(), is_fast(args[0], out) and is_fast(args[1], out)))
+        return out
 
 results = {}
 for arch in ("unipool", "vanilla", "dense"):
@@ -2279,26 +2296,26 @@ for arch in ("unipool", "vanilla", "dense"):
     for name in ("plain", "autograd", "recompute", "shard", "shard recompute", "fp32"):
         if name == "fp32" and arch != "dense":
             continue  # without bf16 experts go one by one, which has to wait for their numbers of rows
-        world_size = 8 if "shard" in name else 1
-        found = results[f"{arch} {name}"] = {}
+        found, products = results.setdefault(f"{arch} {name}", {}), []
         try:
-            with fake_gpu(config, world_size, bf16=name != "fp32") as mesh, Watch() as watch:
-                model, optimizer = prepare(config, mesh, "recompute" in name, name != "autograd")
-                losses = train_step(model, optimizer, 4, 2, watch)
-                watch.products.clear()
-                train_step(model, optimizer, 4, 2, watch)
+            with fake_gpu(config, 8 if "shard" in name else 1, bf16=name != "fp32") as (mesh, _), WatchProducts():
+                model, optimizer = prepare_training(config, torch.device("cuda"), mesh)
+                model.recompute, model.one_pass = "recompute" in name, name != "autograd"
+                idx = torch.zeros(4, 129, dtype=torch.int64, device="cuda")
+                losses = training_step(model, optimizer, idx, 2)
+                products.clear()
+                training_step(model, optimizer, idx, 2)
+                found["products"] = list(products)
                 with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=name != "fp32"):
-                    idx = torch.zeros(2, 128, dtype=torch.int64, device="cuda")
-                    out = model.eval()(idx, idx, keep_logits=False)
+                    out = model.eval()(idx[:, 1:], idx[:, 1:], keep_logits=False)
                 figures = losses, out.loss, out.balance_loss, out.usage, out.mean_scores
                 found["dtypes"] = [str(tensor.dtype) for tensor in figures]
-                found["products"] = watch.products
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}"
 config = UniPoolConfig.from_scale("tiny", vocab_size=2**15)
 results["memory"] = {name: simulated(config, *rest) for name, rest in dict(
     plain=[64], sharded=[64, 8], small=[32], recompute=[64, 1, True]).items()}
-with fake_gpu(config), Watch():
+with fake_gpu(config):
     try:
         torch.ones(1, device="cuda").item()
     except Exception as error:
@@ -2327,25 +2344,22 @@ def test_a_step_on_a_gpu(arch, name, fake_steps):
     found = fake_steps[f"{arch} {name}"]
     assert "error" not in found, found["error"]
     assert set(found["dtypes"]) == {"torch.float32"}, "what is reported must be fp32"
-    assert all(fast for _, _, fast in found["products"]), found["products"]
-    of_weights = sum(len(b) == 2 for _, b, _ in found["products"])
+    assert all(fast for _, fast in found["products"]), found["products"]
+    of_weights = sum(dimensions == 2 for dimensions, _ in found["products"])
     by_layer = arch == "vanilla" or name == "autograd"  # else once for all layers and micro-batch
     assert of_weights == (0 if arch == "dense" else 2 * 2 * (4 if by_layer else 1)), "gradients of gate_up and down"
 
 
-def test_a_fake_gpu_notices_a_wait(fake_steps):
-    assert fake_steps["wait"] == "DataDependentOutputException"
+def test_a_fake_gpu_notices_what_a_gpu_would(fake_steps):
+    assert fake_steps["wait"] == "DataDependentOutputException", "reading a number waits for the GPU"
+    # No fused attention in fp32 takes grouped queries: keys and values must be repeated there.
+    assert "error" not in fake_steps["dense fp32"], fake_steps["dense fp32"]
 
 
 def test_memory_as_a_command(fake_steps):
     rows = [line.split(" | ") for line in fake_steps["table"].splitlines() if line.startswith("| tiny")]
     assert [row[0] for row in rows] == ["| tiny", "| tiny --recompute", "| tiny --shard", "| tiny --shard --recompute"]
     assert all("yes" in row[-1] and row[-2] in ("forward", "backward", "optimizer") for row in rows)
-
-
-def test_attention_in_fp32_has_a_fused_kernel_on_a_gpu(fake_steps):
-    """None takes grouped queries: keys and values must be repeated there."""
-    assert "error" not in fake_steps["dense fp32"], fake_steps["dense fp32"]
 
 
 def test_memory_of_a_step_by_hand(fake_steps):
@@ -2379,26 +2393,21 @@ def test_memory_of_a_step_by_hand(fake_steps):
 # Experiments: comparisons of methods
 
 
+def is_picture(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
 # n_expert, n_pool, top_k, router, balance at 182m, as METHOD and Table 5 have them.
 METHODS_AT_182M = {
-    "dense": (0, 1, 1, "norm", "none"),
-    "vanilla": (96, 12, 1, "softmax", "layer"),
-    "vanilla-norm": (96, 12, 1, "norm", "layer"),
-    "vanilla-sigmoid": (96, 12, 1, "sigmoid", "bias"),
-    "shared-layer-softmax": (96, 1, 1, "softmax", "layer"),
-    "shared-pool-softmax": (96, 1, 1, "softmax", "pool"),
-    "unipool": (96, 1, 1, "norm", "pool"),
-    "unipool-67": (64, 1, 1, "norm", "pool"),
-    "unipool-50": (48, 1, 1, "norm", "pool"),
-    "unipool-42": (40, 1, 1, "norm", "pool"),
-    "g6": (96, 6, 1, "norm", "pool"),
-    "g4": (96, 4, 1, "norm", "pool"),
-    "g2": (96, 2, 1, "norm", "pool"),
-    "vanilla-16": (192, 12, 2, "softmax", "layer"),
-    "vanilla-32": (384, 12, 4, "softmax", "layer"),
-    "unipool-16": (192, 1, 2, "norm", "pool"),
-    "unipool-32": (384, 1, 4, "norm", "pool"),
-}
+    "dense": (0, 1, 1, "norm", "none"), "vanilla": (96, 12, 1, "softmax", "layer"),
+    "vanilla-norm": (96, 12, 1, "norm", "layer"), "vanilla-sigmoid": (96, 12, 1, "sigmoid", "bias"),
+    "shared-layer-softmax": (96, 1, 1, "softmax", "layer"), "shared-pool-softmax": (96, 1, 1, "softmax", "pool"),
+    "unipool": (96, 1, 1, "norm", "pool"), "unipool-67": (64, 1, 1, "norm", "pool"),
+    "unipool-50": (48, 1, 1, "norm", "pool"), "unipool-42": (40, 1, 1, "norm", "pool"),
+    "g6": (96, 6, 1, "norm", "pool"), "g4": (96, 4, 1, "norm", "pool"), "g2": (96, 2, 1, "norm", "pool"),
+    "vanilla-16": (192, 12, 2, "softmax", "layer"), "vanilla-32": (384, 12, 4, "softmax", "layer"),
+    "unipool-16": (192, 1, 2, "norm", "pool"), "unipool-32": (384, 1, 4, "norm", "pool"),
+}  # fmt: skip
 
 
 def test_methods_are_the_papers_and_are_told_apart():
@@ -2407,36 +2416,26 @@ def test_methods_are_the_papers_and_are_told_apart():
     for name, expected in METHODS_AT_182M.items():
         config = UniPoolConfig.from_scale("182m", methods[name].arch, **methods[name].flags)
         assert tuple(getattr(config, field) for field in compare.ROUTING) == expected, name
-        assert compare.method_of(config) == name
-    assert compare.method_of(UniPoolConfig.from_scale("182m", n_expert=50)) is None, "none of the paper's"
+        assert compare.label_of(config, "out") == methods[name].label
+    assert compare.label_of(UniPoolConfig.from_scale("182m", n_expert=50), "out") == "out", "none of the paper's"
     for scale, n_expert in {"469m": 96, "650m": 144, "830m": 160}.items():  # the paper's reduced pools
-        name = compare.method_of(UniPoolConfig.from_scale(scale, n_expert=n_expert))
-        assert name == ("unipool-42" if scale == "830m" else "unipool-50")
+        label = compare.label_of(UniPoolConfig.from_scale(scale, n_expert=n_expert), "out")
+        assert label == ("UniPool, 42% pool" if scale == "830m" else "UniPool, 50% pool")
     assert len({method.colour for method in methods.values()}) == len(methods), "one colour a method"
-
-
-def make_finished_run(run, losses):
-    """Its folder as ablate.py leaves it, with these validation losses in its metrics."""
-    run.folder.mkdir(parents=True)
-    lines = [dict(step=i + 1, tokens=1000 * (i + 1), train_loss=9.0, val_loss=loss, pool_utilisation=0.5)
-             for i, loss in enumerate(losses)]  # fmt: skip
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run.folder / "run.json").write_text(json.dumps(dict(flags=run.flags, machine={}, done=True)))
-    (run.folder / "ckpt.pt").touch()
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path, capsys):
     """Seeds that differ by far more than the methods: the paired difference is exact, and its spread small."""
-    given = dict(scale="tiny", max_steps=2, decay_steps=2, n_embd=64)
-    runs = ablate.choose_runs(["vanilla", "unipool", "unipool-67"], [1, 2, 3], given, tmp_path)
-    finals = {("vanilla", 1): 1.0, ("vanilla", 2): 2.0, ("vanilla", 3): 3.0, ("unipool", 1): 0.9,
-              ("unipool", 2): 1.92, ("unipool", 3): 2.94, ("unipool-67", 1): None}  # fmt: skip
-    for run in runs:
-        if (run.name, run.seed) in finals:
-            make_finished_run(run, [5.0, finals[run.name, run.seed]])
-    # The report takes the flags from the folders, whatever is given with it.
-    ablate.main(["--methods", "vanilla", "unipool", "unipool-67", "--report", f"--runs={tmp_path}", "--max_steps=9",
-                 f"--results={tmp_path}", "--name=lr0.5"])  # fmt: skip
+    flags = ["--max_steps=2", "--decay_steps=2", "--n_embd=64"]
+    given = train.parse_flags(["--scale=tiny", *flags])
+    finals = {"vanilla": [1.0, 2.0, 3.0], "unipool": [0.9, 1.92, 2.94], "unipool-67": [None] * 3}
+    for run in ablate.choose_runs(list(finals), [1, 2, 3], given, tmp_path):
+        run.folder.mkdir()  # as a finished run leaves it
+        lines = [dict(step=i + 1, tokens=1000 * (i + 1), val_loss=loss, pool_utilisation=0.5)
+                 for i, loss in enumerate([5.0, finals[run.name][run.seed - 1]])]  # fmt: skip
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run.folder / "run.json").write_text(json.dumps(dict(flags=run.flags, machine={}, done=True)))
+    ablate.main(["--methods", *finals, f"--runs={tmp_path}", *flags, f"--results={tmp_path}", "--name=lr0.5"])
     record = json.loads((tmp_path / "lr0.5.json").read_text())
     assert record["tokens"] == 2 * 32 * 128 and record["seeds"] == [1, 2, 3]
     results = record["results"]
@@ -2451,27 +2450,20 @@ def test_differences_are_taken_seed_by_seed(tmp_path, capsys):
 
 
 def test_groups_of_methods_and_pools_that_do_not_fit(tmp_path, capsys):
-    names = lambda groups, scale: [  # noqa: E731
-        run.name for run in ablate.choose_runs(groups, [7, 7], dict(scale=scale), tmp_path)
-    ]
+    def names(groups, scale):
+        return [run.name for run in ablate.choose_runs(groups, [7, 7], dict(scale=scale), tmp_path)]
+
     assert names(["main", "unipool"], "tiny") == ["dense", "vanilla", "unipool", "unipool-67", "unipool-50"]
     assert names(["table5"], "182m") == list(METHODS_AT_182M)[1:7] + ["g6", "g4", "g2"]
+    assert set(names(["granularity"], "182m")) == {"vanilla", "unipool"} | set(list(METHODS_AT_182M)[-4:])
     capsys.readouterr()
     assert "g6" not in names(["table5"], "tiny") and "g6 is left out" in capsys.readouterr().err
-    assert set(names(["all"], "182m")) == set(METHODS_AT_182M)
     runs = ablate.choose_runs(["unipool-67"], [1], dict(scale="tiny", n_layer=2), tmp_path)
     assert [run.config.n_expert for run in runs] == [11], "two thirds of 8 experts in each of 2 layers"
 
 
-def test_runs_side_by_side_have_their_own_gpus(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    named = [ablate.environment_of(slot, 2, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)]
-    assert named == ["4,5", "6,7"]
-    assert ablate.environment_of(0, 1, 4)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
-
-
-ABLATE = ["--methods", "vanilla", "unipool", "--scale=tiny", *(flag for flag in TINY_RUN if "n_expert" not in flag),
-          "--eval_interval=1"]  # fmt: skip
+TINY_LAYERS = [flag for flag in TINY_RUN if "n_expert" not in flag]  # the method says how many experts
+ABLATE = ["--methods", "vanilla", "unipool", "--scale=tiny", *TINY_LAYERS, "--eval_interval=1"]
 
 
 def test_ablate_trains_what_is_missing_and_reports(text_data, tmp_path, capsys):
@@ -2483,14 +2475,14 @@ def test_ablate_trains_what_is_missing_and_reports(text_data, tmp_path, capsys):
     ablate.main([*flags, "--max_steps", "2"])  # the same, spelt otherwise
     assert contents(tmp_path / "runs") == first, "what is done is not done again"
     assert "2 of 2 runs are done already" in capsys.readouterr().err
-    record = json.loads((tmp_path / "results" / "ablate_tiny_vanilla_unipool.json").read_text())
+    path = tmp_path / "results" / "ablate_tiny_vanilla_unipool.json"
+    record = json.loads(path.read_text())
     for name in ("vanilla", "unipool"):
-        last = json.loads((tmp_path / "runs" / f"{name}-5" / "metrics.jsonl").read_text().splitlines()[-1])
+        last = read_metrics(tmp_path / "runs" / f"{name}-5")[-1]
         assert record["results"][compare.methods(2)[name].label]["val_loss"] == {"5": last["val_loss"]}
     assert record["tokens"] == 2 * 8 * 32 and record["runs"].keys() == {"vanilla-5", "unipool-5"}
-    assert {"commit", "cpu", "torch", "python"} <= record["machine"].keys()
-    assert "| UniPool |" in (tmp_path / "results" / "ablate_tiny_vanilla_unipool.md").read_text()
-    assert (tmp_path / "results" / "ablate_tiny_vanilla_unipool.png").read_bytes().startswith(b"\x89PNG")
+    assert {"commit", "cpu", "torch", "python"} <= record["machine"].keys() and "pytest" in record["command"]
+    assert "| UniPool |" in path.with_suffix(".md").read_text() and is_picture(path.with_suffix(".png"))
     fails(capsys, ablate.main, [*flags, "--lr=0.01"], "vanilla-5", "--runs", touching=tmp_path)
     (tmp_path / "runs" / "unipool-5" / "run.json").unlink()  # a run of someone else's, by its looks
     fails(capsys, ablate.main, flags, "unipool-5", "--runs", touching=tmp_path)
@@ -2521,11 +2513,6 @@ def test_ablate_stopped_in_the_middle_goes_on(text_data, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_run_that_fails_ends_the_others(text_data, tmp_path, capsys):
-    flags = ["--methods", "dense", "--seeds=1", f"--runs={tmp_path}", "--data_dir=nowhere", "--results="]
-    fails(capsys, ablate.main, flags, "dense-1", "--data_dir=nowhere", "log.txt")
-
-
 @pytest.mark.parametrize(
     "flags, named",
     [
@@ -2534,97 +2521,91 @@ def test_a_run_that_fails_ends_the_others(text_data, tmp_path, capsys):
         (["--balance=layer"], ["--balance=layer", "--methods"]),
         (["--methods=g6"], ["--methods=g6", "4 layers"]),
         (["--lr=fast"], ["--lr", "fast"]),
-        (["--jobs=0"], ["--jobs=0"]),
+        (["--jobs=0"], ["--jobs: 0"]),
         (["--scale=1b"], ["--scale", "1b", "182m"]),
-        (["--report"], ["--runs", "--report"]),
     ],
 )
 def test_bad_flags_of_ablate(flags, named, capsys, tmp_path):
     fails(capsys, ablate.main, [f"--runs={tmp_path / 'runs'}", *flags], *named, touching=tmp_path)
 
 
-def test_compare_names_runs_by_their_method(text_data, tmp_path, capsys):
-    for name, flags in {"a": [], "b": ["--arch=dense", "--n_expert=0"], "c": ["--seed=2"]}.items():
-        tiny = [flag for flag in TINY_RUN if "n_expert" not in flag]
-        train.main([*tiny, f"--data_dir={text_data}", f"--out_dir={tmp_path / name}", "--max_steps=2",
+def test_a_run_that_fails_ends_the_others(tmp_path, capsys):
+    flags = ["--methods", "dense", "--seeds=1", f"--runs={tmp_path}", "--data_dir=nowhere", "--results="]
+    fails(capsys, ablate.main, flags, "dense-1", "--data_dir=nowhere", "log.txt")
+
+
+@pytest.fixture(scope="session")
+def short_runs(text_data, tmp_path_factory):
+    """A folder with runs of two steps: unipool, another seed of it, vanilla and dense."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in {"unipool": [], "other": ["--seed=2"], "vanilla": ["--arch=vanilla"],
+                        "dense": ["--arch=dense"]}.items():  # fmt: skip
+        train.main([*TINY_LAYERS, f"--data_dir={text_data}", f"--out_dir={folder / name}", "--max_steps=2",
                     "--eval_interval=1", *flags])  # fmt: skip
-    capsys.readouterr()
-    runs = [str(tmp_path / name) for name in "abc"]
+    return folder
+
+
+def test_compare_as_a_command(short_runs, tmp_path, capsys):
+    runs = [str(short_runs / name) for name in ("unipool", "dense", "other")]
     compare.main([*runs, f"--out={tmp_path / 'x.png'}"])
     out = capsys.readouterr().out
-    assert out.count("| UniPool |") == 2 and out.count("| dense |") == 1
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    last = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
-    assert f"{last:.4f}" in out
-    fails(capsys, compare.main, [*runs, "--key=loss"], "--key=loss", "val_loss", touching=tmp_path)
-    fails(capsys, compare.main, [*runs, "--key=sigma"], "--key=sigma", touching=tmp_path)  # one value for each layer
-    fails(capsys, compare.main, [*runs, "--labels", "x"], "--labels", "3 runs", touching=tmp_path)
-    fails(capsys, compare.main, [tmp_path / "d"], tmp_path / "d" / "metrics.jsonl", touching=tmp_path)
-    fails(capsys, compare.main, [*runs, "--out=x.txt"], "--out=x.txt", touching=tmp_path)
+    assert out.count("| UniPool |") == 2 and out.count("| dense |") == 1 and is_picture(tmp_path / "x.png")
+    assert f"| 2 | {read_metrics(short_runs / 'dense')[-1]['val_loss']:.4f} |" in out
+    compare.main([*runs, f"--out={tmp_path / 'y.png'}", "--key=train_loss"])
+    assert f"| {read_metrics(short_runs / 'dense')[-1]['train_loss']:.4f} |" in capsys.readouterr().out
+    for flag, named in {"--key=loss": "val_loss", "--key=sigma": "--key=sigma", "--out=x.txt": "x.txt"}.items():
+        fails(capsys, compare.main, [*runs, flag], flag, named, touching=tmp_path)
+    fails(capsys, compare.main, [tmp_path / "none"], tmp_path / "none" / "metrics.jsonl", touching=tmp_path)
 
 
 def test_a_curve_is_the_mean_of_its_runs():
-    _, ax = compare.plt.subplots()
-    runs = [([1e6, 2e6, 3e6], [3.0, 2.0, 1.0]), ([1e6, 2e6], [4.0, 3.0])]
-    compare.draw_curves(ax, {"UniPool": runs, "mine": runs[:1]}, "val_loss")
-    first, second = ax.lines
-    np.testing.assert_allclose(first.get_xydata(), [[1, 3.5], [2, 2.5]], err_msg="over the points that all runs have")
-    _, other = compare.plt.subplots()
-    compare.draw_curves(other, {"UniPool": [runs[0], ([2e6, 4e6], [5.0, 4.0])]}, "val_loss")
+    first, second = {1e6: 3.0, 2e6: 2.0, 3e6: 1.0}, {1e6: 4.0, 2e6: 3.0}
+    ax, other = Figure().subplots(1, 2)
+    compare.draw_curves(ax, {"UniPool": [first, second], "mine": [first]}, "val_loss")
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[1, 3.5], [2, 2.5]], err_msg="over points that all runs have")
+    band = ax.collections[0].get_paths()[0].get_extents()
+    np.testing.assert_allclose(band.get_points(), [[1, 2], [2, 4]], err_msg="from the lowest run to the highest")
+    compare.draw_curves(other, {"UniPool": [first, {2e6: 5.0, 4e6: 4.0}]}, "val_loss")
     np.testing.assert_allclose(other.lines[0].get_xydata(), [[2, 3.5]], err_msg="by tokens, not by their number")
-    assert first.get_color() == compare.methods(12)["unipool"].colour != second.get_color()
+    assert ax.lines[0].get_color() == compare.methods(12)["unipool"].colour != ax.lines[1].get_color()
     assert ax.get_xlabel() == "million training tokens"
-    assert compare.smooth([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
-    compare.plt.close("all")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Experiments: probes of the routing
-
-
-def watched_model(**overrides):
-    """A small model whose routers are watched, and what the routers themselves returned, call by call."""
-    model, seen = small_model(**overrides).eval(), []
-    for block in model.blocks:
-        block.router.register_forward_hook(lambda module, args, result: seen.append(result))
-        block.router = probe.WatchedRouter(block.router)
-    return model, seen
+# Experiments: probes of the routing, the study of the balance loss, speed
 
 
 @pytest.mark.parametrize("n_pool, top_k", [(1, 1), (1, 3), (2, 2), (4, 1)])
-def test_routing_statistics_against_counts(n_pool, top_k):
-    model, seen = watched_model(n_pool=n_pool, top_k=top_k)
-    found = probe.Statistics(model.config, torch.device("cpu"))
-    with torch.no_grad():
-        for seed in (1, 2):
-            model(random_tokens(model.config, seed=seed))
-            found.add([block.router for block in model.blocks])
-    figures = found.summary()
+def test_routing_statistics_against_counts(n_pool, top_k, text_data):
+    """What measure() finds, against loops over what the routers themselves returned."""
+    model, seen = small_model(vocab_size=320, n_pool=n_pool, top_k=top_k).eval(), []
+    for block in model.blocks:
+        block.router.register_forward_hook(lambda module, args, result: seen.append(result))
+        block.router = probe.WatchedRouter(block.router)
+    data = prepare_pile.TokenData(text_data, "val", prepare_pile.read_meta(text_data, 320), 16, 320)
+    figures = probe.measure(model, data, np.arange(6), torch.device("cpu"), mock.Mock())
     M, L = 8 // n_pool, 4
     counts = [[0] * 8 for _ in range(L)]
-    met = {}  # (call, token): experts
-    for i, (gates, experts, _) in enumerate(seen):
-        layer = i % L
+    met = {}  # token: experts
+    for layer, (gates, experts, _) in enumerate(seen):
         for token, choices in enumerate(experts.tolist()):
             for expert, gate in zip(choices, gates[token].tolist()):
                 if gate > 0:
                     number = layer * n_pool // L * M + expert
                     counts[layer][number] += 1
-                    met.setdefault((i // L, token), set()).add(number)
-    assert found.counts.tolist() == counts
-    total = 2 * 3 * 16
-    served = [sum(of_layer) / total / top_k for of_layer in counts]
+                    met.setdefault(token, set()).add(number)
+    served = [sum(of_layer) / (6 * 16 * top_k) for of_layer in counts]
     assert figures["unserved"] == pytest.approx([1 - share for share in served]) and min(served) < 1
+    shares = [[count / sum(of_layer) for count in of_layer] for of_layer in counts]
+    np.testing.assert_allclose(figures["shares"], shares)
     assert figures["distinct_share"] == pytest.approx(sum(map(len, met.values())) / sum(map(sum, counts)))
     loads = [sum(column) for column in zip(*counts)]
     assert figures["dead_experts"] == loads.count(0)
     assert figures["load"] == pytest.approx([load / (sum(loads) / 8) for load in loads])
-    used = [sum(counts[l][i] >= sum(counts[l]) / M / 2 for l in range(L)) for i in range(8)]
-    assert figures["layers_of_expert"] == used
-    for l in range(L):
-        scores = torch.cat([result[2] for result in seen[l::L]]).sum(dim=1).mean().item()
-        gates = torch.cat([result[0] for result in seen[l::L]]).sum(dim=1).mean().item()
-        assert (figures["score_sum"][l], figures["gate_sum"][l]) == pytest.approx((scores, gates), rel=1e-5)
+    assert figures["layers_of_expert"] == [sum(of_layer[i] >= 0.5 / M for of_layer in shares) for i in range(8)]
+    for l, (gates, _, scores) in enumerate(seen):
+        sums = scores.sum(dim=1).mean().item(), gates.sum(dim=1).mean().item()
+        assert (figures["score_sum"][l], figures["gate_sum"][l]) == pytest.approx(sums, rel=1e-5)
     entropies = []
     for g in range(n_pool):
         p = np.array(loads[g * M : (g + 1) * M]) / sum(loads[g * M : (g + 1) * M])
@@ -2635,19 +2616,11 @@ def test_routing_statistics_against_counts(n_pool, top_k):
 @pytest.mark.parametrize("n_pool, top_k", [(1, 1), (2, 2), (4, 1)])
 def test_distinct_experts_of_even_random_choices(n_pool, top_k):
     """The closed form beside the measured share, against choices that are drawn."""
-    config = small_config(n_pool=n_pool, top_k=top_k)
-    found = probe.Statistics(config, torch.device("cpu"))
     torch.manual_seed(0)
-
-    class Drawn:
-        experts = None
-
-    routers = [Drawn() for _ in range(4)]
-    for router in routers:
-        router.experts = torch.rand(20000, 8 // n_pool).topk(top_k).indices
-        router.scores = router.gates = (torch.rand(20000, top_k) < 0.8).float()  # some pairs are not served
-    found.add(routers)
-    figures = found.summary()
+    experts = torch.rand(4, 20000, 8 // n_pool).topk(top_k).indices
+    gates = (torch.rand(4, 20000, top_k) < 0.8).float()  # some pairs are not served
+    config = small_config(n_pool=n_pool, top_k=top_k)
+    figures = probe.routing_statistics(config, experts, gates, gates.sum(dim=2))
     assert figures["distinct_share"] == pytest.approx(figures["distinct_share_if_even"], abs=0.005)
 
 
@@ -2671,17 +2644,17 @@ def test_random_choices_are_uniform_over_the_allowed_and_keep_the_gates():
 def test_probe_costs_nothing_when_all_experts_are_alike(alike, text_data):
     """And its loss is that of train.py's validation, its accuracy that of the logits."""
     config = dict(vocab_size=320, n_expert=24)
-    model = small_model(**config)
+    model, device = small_model(**config), torch.device("cpu")
     if alike:
         for weight in model.pools.parameters():
             weight.data[:] = weight.data[:1]
     data = prepare_pile.TokenData(text_data, "val", prepare_pile.read_meta(text_data, 320), 16, 320)
     reference = small_model(**config)
     reference.load_state_dict(model.state_dict())
-    device = torch.device("cpu")
+    for block in model.blocks:
+        block.router = probe.WatchedRouter(block.router)
     figures = probe.probe(model.eval(), data, 512, 2, device, "test")
-    loss = train.validate(reference, data, 512, 8, 0, 1, device)
-    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["loss"] == pytest.approx(train.validate(reference, data, 512, 8, 0, 1, device), rel=1e-5)
     indices = np.linspace(0, len(data) - 1, 32).astype(np.int64)
     tokens = torch.from_numpy(data.sequences(indices))
     logits = reference.eval()(tokens[:, :-1]).logits
@@ -2692,25 +2665,23 @@ def test_probe_costs_nothing_when_all_experts_are_alike(alike, text_data):
         assert way.keys() == {2, 3}, "the deeper half of four layers"
         changes += [change for layer in way.values() for change in layer["loss"]]
     assert len(changes) == 8 and (max(map(abs, changes)) < 1e-5) == alike, f"changes of the loss: {changes}"
+    chosen, shares = model.blocks[3].router.seen[-1][0].unique(), figures["shares"][3]  # of the last, matched, pass
+    assert min(shares[i] for i in chosen) >= sorted(shares)[-8], "the 8 experts that the layer uses most"
 
 
-def test_probe_as_a_command(text_data, tmp_path, capsys):
-    for name, flags in {"unipool": [], "vanilla": ["--arch=vanilla"], "dense": ["--arch=dense"]}.items():
-        tiny = [flag for flag in TINY_RUN if "n_expert" not in flag]
-        train.main([*tiny, f"--data_dir={text_data}", f"--out_dir={tmp_path / name}", "--max_steps=2", *flags])
-    capsys.readouterr()
-    runs = [str(tmp_path / "unipool"), str(tmp_path / "vanilla")]
-    probe.main([*runs, "--tokens=256", "--draws=2", "--device=cpu", f"--results={tmp_path / 'results'}"])
-    assert "| | UniPool | vanilla |" in capsys.readouterr().out
-    record = json.loads((tmp_path / "results" / "probe.json").read_text())
-    assert record["results"]["UniPool"]["tokens"] == 256 and record["results"]["vanilla"]["distinct_share"] == 1
-    assert len(record["results"]["UniPool"]["unserved"]) == 2 == len(record["results"]["UniPool"]["sigma"])
-    assert "matched" not in record["results"]["vanilla"]["probe"], "8 experts are all a vanilla layer has"
-    for picture in ("usage", "routing"):
-        assert (tmp_path / "results" / f"probe_{picture}.png").read_bytes().startswith(b"\x89PNG")
-    fails(capsys, probe.main, [tmp_path / "dense", "--device=cpu"], tmp_path / "dense", "dense", touching=tmp_path)
+def test_probe_as_a_command(short_runs, tmp_path, capsys):
+    runs = [str(short_runs / "unipool"), str(short_runs / "vanilla")]
+    probe.main([*runs, "--tokens=256", "--draws=2", "--device=cpu", f"--results={tmp_path}"])
+    assert "| UniPool | vanilla |" in capsys.readouterr().out
+    results = json.loads((tmp_path / "probe.json").read_text())["results"]
+    assert results["UniPool"]["tokens"] == 256 and results["vanilla"]["distinct_share"] == 1
+    assert len(results["UniPool"]["unserved"]) == 2 == len(results["UniPool"]["sigma"])
+    assert "matched" not in results["vanilla"]["probe"], "8 experts are all a vanilla layer has"
+    assert is_picture(tmp_path / "probe_usage.png") and is_picture(tmp_path / "probe_routing.png")
+    dense = short_runs / "dense"
+    fails(capsys, probe.main, [dense, "--device=cpu"], dense, "dense", touching=tmp_path)
     fails(capsys, probe.main, [tmp_path / "none"], tmp_path / "none", touching=tmp_path)
-    fails(capsys, probe.main, [*runs, "--draws=0"], "--draws=0", touching=tmp_path)
+    fails(capsys, probe.main, [*runs, "--draws=0"], "--draws: 0", touching=tmp_path)
     fails(capsys, probe.main, [*runs, "--data_dir=nowhere"], "--data_dir=nowhere", touching=tmp_path)
 
 
@@ -2720,32 +2691,57 @@ def test_study_of_the_balance_loss(text_data, tmp_path, capsys):
     weights = [w.detach() for w in ExpertPool(4, 16, 24).weights()]
     _, f = study.with_phantom_load(torch.randn(3, 16), gates, experts, weights)
     torch.testing.assert_close(f, torch.tensor([0, 1, 2, 0]) / 3)
-    flags = [
-        f"--data_dir={text_data}",
-        *TINY_RUN,
-        "--max_steps=2",
-        "--coefs",
-        "0",
-        "0.1",
-        "--seeds",
-        "1",
-        "--tokens=256",
-    ]
+    flags = [f"--data_dir={text_data}", *TINY_RUN, "--n_expert=2", "--max_steps=2", "--coefs", "0", "0.1", "--seeds=1"]
     study.main([*flags, f"--runs={tmp_path / 'runs'}", f"--results={tmp_path}"])
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"0-served-1", "0.1-served-1", "0.1-phantom-1"}
+    runs = tmp_path / "runs"
+    assert {path.name for path in runs.iterdir()} == {"0-served-1", "0.1-served-1", "0.1-phantom-1"}
+    assert read_metrics(runs / "0.1-phantom-1")[0]["unserved"] == 0 < read_metrics(runs / "0.1-served-1")[0]["unserved"]
     results = json.loads((tmp_path / "balance.json").read_text())["results"]
-    assert len(results) == 4 and all(0 <= f["1"]["unserved"] < 1 for f in results.values())
-    assert (tmp_path / "balance.png").read_bytes().startswith(b"\x89PNG")
-    fails(capsys, study.main, ["--jobs=0"], "--jobs=0")
+    assert len(results) == 4 and all(0 < np.mean(f["1"]["unserved"]) < 1 for f in results.values())
+    assert is_picture(tmp_path / "balance.png")
+    fails(capsys, study.main, ["--jobs=0"], "--jobs: 0")
+    fails(capsys, study.main, [*flags, f"--runs={runs}", "--lr=0.01"], "0-served-1", "--runs", touching=tmp_path)
+
+
+def test_what_bench_compares_takes_turns(monkeypatch):
+    """On a clock that only the functions move: medians, quartiles, and ratios within a round."""
+    clock, turns, rounds = [0.0], [], iter([1, 2, 3, 4, 5, 6, 7])
+
+    def slow_function():
+        clock[0] += 2 * next(rounds)
+        turns.append("slow")
+
+    def fast_function():
+        turns.append("fast")
+        return len(turns) / 4  # it has timed itself: half the round's number
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    args = mock.Mock(steps=5, seconds=1e9)
+    found = bench.compare(dict(slow=slow_function, fast=fast_function), args, "test", 12, "tokens", ["slow"])
+    assert turns == ["slow", "fast"] * 7, "two rounds before the five that count"
+    assert found["slow"]["seconds"] == [7, 10, 13] and found["fast"]["seconds"] == [1.75, 2.5, 3.25]
+    assert found["fast"]["tokens per second"][1] == 12 / 2.5 and found["fast"]["times slow"] == [4, 4, 4]
+    table = bench.table({"test": found})
+    assert "| test | fast | 5 | 2.50 (1.75 to 3.25) |" in table
+
+
+def test_bench_as_a_command(tmp_path, capsys):
+    flags = ["--shapes", "tiny:256", "--steps=1", "--device=cpu", f"--results={tmp_path}"]
+    bench.main(flags)
+    results = json.loads((tmp_path / "bench_train_cpu.json").read_text())["results"]
+    assert results["tiny:256"].keys() == {"unipool", "unipool, autograd", "vanilla", "dense"}
+    assert results["tiny:256"]["dense"]["times dense"] == [1, 1, 1] and is_picture(tmp_path / "bench_train_cpu.png")
+    assert (tmp_path / "bench_generate_cpu.json").exists()
+    for shape in ("tiny:200", "1b:256", "12x7:256", "tiny"):
+        fails(capsys, bench.main, ["--shapes", shape], f"--shapes={shape}", touching=tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Experiments: zero-shot tasks
 
 
-class Request:
-    def __init__(self, *args):
-        self.args = args
+def request(*args):
+    return mock.Mock(args=args)
 
 
 @pytest.fixture
@@ -2753,13 +2749,6 @@ def adapter():
     pytest.importorskip("lm_eval", reason="an extra: pip install lm_eval==0.4.13")
     model = small_model(vocab_size=320, block_size=32).eval()
     return evaluate.Adapter(model, get_tokenizer("bytes"), batch_size=3)
-
-
-@torch.no_grad()
-def log_p_by_hand(model, tokens):
-    """log p of each token of a list, given those before it, from the model's logits: the first has none."""
-    log_p = F.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1)
-    return [None] + [log_p[i, token].item() for i, token in enumerate(tokens[1:])]
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
@@ -2771,7 +2760,7 @@ def test_log_likelihoods_by_hand(name, adapter):
     encode, model = adapter.tokens.encode, adapter.model
     requests = [("def f", "(x)"), ("", "abc"), ("a b c d e f", " g h" * 4), ("x", " y"), ("zy 0" * 30, " later"),
                 ("q", " r" * 33), ("Naïve café, 你好", " 😀")]  # fmt: skip
-    found = adapter.loglikelihood([Request(*pair) for pair in requests], disable_tqdm=True)
+    found = adapter.loglikelihood([request(*pair) for pair in requests], disable_tqdm=True)
     for (context, continuation), (log_p, greedy) in zip(requests, found):
         tokens = encode(context + continuation) if context else [adapter.tokens.eot_token, *encode(continuation)]
         kept = tokens[-33:]  # 32 tokens of input, and the last one
@@ -2792,88 +2781,50 @@ def test_greedy_continuation_is_recognised(adapter):
     assert [greedy for _, greedy in found] == [True, False] and found[0][0] > found[1][0]
 
 
-@torch.no_grad()
-def test_rolling_log_likelihoods_by_hand(adapter):
-    """Every token once; those that do not fit into the first window of 32 are predicted in windows of their own."""
-    short, long = "hello world", "0123456789" * 7  # 70 tokens: windows of 32, 32 and 6
-    found = adapter.loglikelihood_rolling([Request(short), Request(long)], disable_tqdm=True)
-    assert found[0] == pytest.approx(sum(log_p_by_hand(adapter.model, [256, *short.encode()])[1:]), rel=1e-5)
-    tokens, total = [256, *long.encode()], 0.0
-    for start, end, first in ((0, 32, 0), (32, 64, 0), (38, 70, 26)):  # inputs start ... end - 1 predict the next
-        log_p = F.log_softmax(adapter.model(torch.tensor([tokens[start:end]])).logits[0].double(), dim=-1)
-        total += sum(log_p[i, tokens[start + i + 1]].item() for i in range(first, end - start))
-    assert found[1] == pytest.approx(total, rel=1e-5)
+def task_file(folder, kind, metric):
+    """A task of the harness on folder/endings.jsonl; JSON is YAML too."""
+    return json.dumps(dict(
+        task="endings", dataset_path="json", dataset_kwargs=dict(data_files=f"{folder}/endings.jsonl"),
+        test_split="train", output_type=kind, doc_to_text="{{text}}", doc_to_choice="{{endings}}",
+        doc_to_target="{{right}}", metric_list=[dict(metric=metric, aggregation="mean", higher_is_better=True)],
+    ))  # fmt: skip
 
 
-@torch.no_grad()
-def test_continuations_stop_where_they_should(adapter):
-    """Against greedy decoding one token at a time; stop strings are left out."""
-    prompts = ["one", "two", "three", "four", "five"]
-    texts = []
-    for prompt in prompts:
-        tokens = list(prompt.encode())
-        for _ in range(20):
-            tokens.append(adapter.model(torch.tensor([tokens])).logits[0, -1, :257].argmax().item())
-        new = tokens[len(prompt) :]
-        new = new[: new.index(256)] if 256 in new else new
-        texts.append(bytes(new).decode("utf-8", errors="replace"))
-    plain = dict(until=[], max_gen_toks=20)
-    assert adapter.generate_until([Request(p, plain) for p in prompts], disable_tqdm=True) == texts
-    stop = texts[2][5:7]
-    stopped = adapter.generate_until([Request(p, dict(until=[stop], max_gen_toks=20)) for p in prompts], True)
-    assert stopped == [text.split(stop)[0] for text in texts] and stopped[2] != texts[2]
-
-
-TASK = """
-task: endings
-dataset_path: json
-dataset_kwargs:
-  data_files: {folder}/endings.jsonl
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
-doc_to_choice: "{{{{endings}}}}"
-doc_to_target: "{{{{right}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
-
-
-def test_a_local_task_through_the_harness(text_data, tmp_path, capsys, monkeypatch):
+def test_a_local_task_through_the_harness(short_runs, tmp_path, capsys, monkeypatch):
     """Accuracy on a task of our own, against choosing the likeliest ending by hand; offline."""
     pytest.importorskip("lm_eval", reason="an extra: pip install lm_eval==0.4.13")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    train.main([*TINY_RUN, f"--data_dir={text_data}", f"--out_dir={tmp_path / 'out'}", "--max_steps=5"])
-    rng = random.Random(0)
+    rng, out, cpu = random.Random(0), short_runs / "unipool", torch.device("cpu")
     examples = [dict(text=f"def f{i}(self", endings=[rng.choice([")", "):", " x", "zz", "=1"]) + rng.choice("ab ")
                      for _ in range(3)], right=rng.randrange(3)) for i in range(12)]  # fmt: skip
     (tmp_path / "endings.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "endings.yaml").write_text(TASK.format(folder=tmp_path))
-    flags = ["--tasks", "endings", f"--include_path={tmp_path / 'tasks'}", "--device=cpu"]
-    evaluate.main([str(tmp_path / "out"), *flags, f"--results={tmp_path / 'results'}"])
-    model = train.load_model(train.load_checkpoint(tmp_path / "out" / "ckpt.pt"), "", torch.device("cpu"))
+    task = tmp_path / "tasks" / "endings.yaml"
+    task.write_text(task_file(tmp_path, "multiple_choice", "acc"))
+    flags = [out, "--tasks", "endings", f"--include_path={task.parent}", "--device=cpu", f"--results={tmp_path}"]
+    evaluate.main([str(flag) for flag in flags])
+    model = train.load_model(train.load_checkpoint(out / "ckpt.pt"), "", cpu).eval()
     rights = []
     for example in examples:
-        sums = []
+        sums, n = [], len(example["text"])
         for ending in example["endings"]:
-            n = len(example["text"])
-            sums.append(sum(log_p_by_hand(model, list((example["text"] + ending).encode()))[n:]))
+            tokens = list((example["text"] + ending).encode())
+            log_p = F.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1)
+            sums.append(sum(log_p[i - 1, tokens[i]].item() for i in range(n, len(tokens))))
         rights.append(np.argmax(sums) == example["right"])
-    record = json.loads((tmp_path / "results" / "evaluate.json").read_text())
+    record = json.loads((tmp_path / "evaluate.json").read_text())
     assert record["results"]["endings"]["acc,none"] == pytest.approx(np.mean(rights))
     assert 0 < np.mean(rights) < 1, "the test needs right and wrong answers"
-    capsys.readouterr()
-    fails(capsys, evaluate.main, [tmp_path / "out", "--tasks=nothing", "--device=cpu"], "--tasks=nothing")
+    fails(capsys, evaluate.main, [out, "--tasks=nothing", "--device=cpu"], "--tasks=nothing")
+    task.write_text(task_file(tmp_path, "generate_until", "exact_match"))
+    fails(capsys, evaluate.main, flags, "--tasks", "generated text")
 
 
 def test_the_harness_is_an_extra(capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "lm_eval", None)
     fails(capsys, evaluate.main, ["out"], "pip install lm_eval")
-    fails(capsys, evaluate.main, ["out", "--batch_size=0"], "--batch_size=0")
+    fails(capsys, evaluate.main, ["out", "--batch_size=0"], "--batch_size: 0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2915,20 +2866,17 @@ def test_bad_input_as_a_command(arguments, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_pile.py"])
-def test_help(script):
-    result = command(script, "--help")
-    assert result.returncode == 0 and b"--out_dir" in result.stdout and not result.stderr
+EXPERIMENTS = [f"experiments.{path.stem}" for path in sorted((HERE / "experiments").glob("*.py"))
+               if "def main(" in path.read_text()]  # fmt: skip
 
 
-EXPERIMENTS = [path.stem for path in sorted((HERE / "experiments").glob("*.py")) if "def main(" in path.read_text()]
-
-
-@pytest.mark.parametrize("module", EXPERIMENTS)
-def test_help_of_experiments(module, capsys):
+@pytest.mark.parametrize("module", ["train", "sample", "prepare_pile", *EXPERIMENTS])
+def test_help(module, capsys):
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(f"experiments.{module}").main(["--help"])
-    assert stop.value.code == 0 and f"python -m experiments.{module}" in capsys.readouterr().out
+        importlib.import_module(module).main(["--help"])
+    shown = capsys.readouterr()
+    start = f"python -m {module}" if module in EXPERIMENTS else f"python {module}.py"
+    assert stop.value.code == 0 and not shown.err and start in shown.out and "--" in shown.out
 
 
 def test_readme_points_at_the_lines_it_names():

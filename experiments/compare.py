@@ -1,24 +1,23 @@
 """Runs side by side: the curves in their metrics.jsonl as one picture, and where they end as a table.
 
     python -m experiments.compare out runs/vanilla
-    python -m experiments.compare a b c --labels UniPool UniPool vanilla --key train_loss --out losses.png
+    python -m experiments.compare runs/tiny/* --key train_loss --out losses.png
 
-Runs of one label are seeds of one method: their mean is drawn, in a band from the lowest to the highest. Without
---labels a run is called by what its checkpoint's configuration is called in the paper.
+A run is called by what its checkpoint's configuration is called in the paper, or else by its folder. Runs of one name
+are seeds of one method: their mean is drawn, in a band from the lowest to the highest. Of train_loss and grad_norm the
+mean over a fiftieth of the steps is drawn.
 """
 
 import contextlib
 import json
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
 
 from command import BadInput, Parser, run_command
+from experiments.common import markdown
 from train import load_checkpoint
 from unipool import UniPoolConfig
 
@@ -37,37 +36,30 @@ class Method(NamedTuple):
 def methods(n_layer):
     """{short name: Method} of the paper's comparisons at n_layer layers, of which vanilla has 8 experts each."""
     L, M = n_layer, 8 * n_layer
-    return {
-        "dense": Method("dense", "tab:gray", "dense", {}),
-        "vanilla": Method("vanilla", "tab:orange", "vanilla", {}),
-        "vanilla-norm": Method("vanilla, NormRouter", "goldenrod", "vanilla", dict(router="norm")),
-        "vanilla-sigmoid": Method(
-            "vanilla, sigmoid, bias", "tab:brown", "vanilla", dict(router="sigmoid", balance="bias")
-        ),
-        "shared-layer-softmax": Method(
-            "shared, layer loss, softmax", "yellowgreen", "unipool", dict(router="softmax", balance="layer")
-        ),
-        "shared-pool-softmax": Method("shared, pool loss, softmax", "tab:green", "unipool", dict(router="softmax")),
-        "unipool": Method("UniPool", "tab:blue", "unipool", {}),
-        "unipool-67": Method("UniPool, 67% pool", "deepskyblue", "unipool", dict(n_expert=round(M * 2 / 3))),
-        "unipool-50": Method("UniPool, 50% pool", "mediumpurple", "unipool", dict(n_expert=M // 2)),
-        "unipool-42": Method("UniPool, 42% pool", "orchid", "unipool", dict(n_expert=round(M * 5 / 12))),
-        "g6": Method("G = 6", "turquoise", "unipool", dict(n_pool=6)),
-        "g4": Method("G = 4", "lightseagreen", "unipool", dict(n_pool=4)),
-        "g2": Method("G = 2", "teal", "unipool", dict(n_pool=2)),
-        "vanilla-16": Method("vanilla, 16 a layer, top-2", "orangered", "vanilla", dict(n_expert=16 * L, top_k=2)),
-        "vanilla-32": Method("vanilla, 32 a layer, top-4", "darkred", "vanilla", dict(n_expert=32 * L, top_k=4)),
-        "unipool-16": Method("UniPool, 16 a layer, top-2", "royalblue", "unipool", dict(n_expert=16 * L, top_k=2)),
-        "unipool-32": Method("UniPool, 32 a layer, top-4", "navy", "unipool", dict(n_expert=32 * L, top_k=4)),
-    }
+    rows = {
+        "dense": ("dense", "tab:gray", "dense", {}),
+        "vanilla": ("vanilla", "tab:orange", "vanilla", {}),
+        "vanilla-norm": ("vanilla, NormRouter", "goldenrod", "vanilla", dict(router="norm")),
+        "vanilla-sigmoid": ("vanilla, sigmoid, bias", "tab:brown", "vanilla", dict(router="sigmoid", balance="bias")),
+        "shared-layer-softmax": ("shared, layer loss, softmax", "yellowgreen", "unipool",
+                                 dict(router="softmax", balance="layer")),
+        "shared-pool-softmax": ("shared, pool loss, softmax", "tab:green", "unipool", dict(router="softmax")),
+        "unipool": ("UniPool", "tab:blue", "unipool", {}),
+        "unipool-67": ("UniPool, 67% pool", "deepskyblue", "unipool", dict(n_expert=round(M * 2 / 3))),
+        "unipool-50": ("UniPool, 50% pool", "mediumpurple", "unipool", dict(n_expert=M // 2)),
+        "unipool-42": ("UniPool, 42% pool", "orchid", "unipool", dict(n_expert=round(M * 5 / 12))),
+        "g6": ("G = 6", "turquoise", "unipool", dict(n_pool=6)),
+        "g4": ("G = 4", "lightseagreen", "unipool", dict(n_pool=4)),
+        "g2": ("G = 2", "teal", "unipool", dict(n_pool=2)),
+        "vanilla-16": ("vanilla, 16 a layer, top-2", "orangered", "vanilla", dict(n_expert=16 * L, top_k=2)),
+        "vanilla-32": ("vanilla, 32 a layer, top-4", "darkred", "vanilla", dict(n_expert=32 * L, top_k=4)),
+        "unipool-16": ("UniPool, 16 a layer, top-2", "royalblue", "unipool", dict(n_expert=16 * L, top_k=2)),
+        "unipool-32": ("UniPool, 32 a layer, top-4", "navy", "unipool", dict(n_expert=32 * L, top_k=4)),
+    }  # fmt: skip
+    return {name: Method(*row) for name, row in rows.items()}
 
 
 OTHER_COLOURS = ["tab:red", "tab:pink", "tab:olive", "black", "tab:cyan"]
-UNITS = {"val_loss": "validation loss, nats a token", "train_loss": "training loss, nats a token",
-         "balance_loss": "balance loss, without alpha", "pool_utilisation": "pool utilisation",
-         "dead_experts": "experts that serve nothing",
-         "unserved": "share of pairs that no expert serves", "grad_norm": "norm of the gradient",
-         "tokens_per_second": "tokens a second", "mfu": "model FLOP utilisation"}  # fmt: skip
 
 
 def colour_of(label, labels):
@@ -77,20 +69,14 @@ def colour_of(label, labels):
     return own.get(label) or OTHER_COLOURS[others.index(label) % len(OTHER_COLOURS)]
 
 
-def method_of(config):
-    """The short name of the method that a UniPoolConfig is an example of, or None."""
-    for name, method in methods(config.n_layer).items():
+def label_of(config, folder):
+    """What the paper calls the method that a UniPoolConfig is an example of; None of them: the run's folder."""
+    for method in methods(config.n_layer).values():
         with contextlib.suppress(ValueError):  # G = 6 pools for 4 layers
             example = UniPoolConfig.from_scale("182m", method.arch, n_layer=config.n_layer, **method.flags)
             if all(getattr(config, field) == getattr(example, field) for field in ROUTING):
-                return name
-    return None
-
-
-def label_of(config, folder):
-    """What the paper calls the run of this configuration; else its folder."""
-    name = method_of(config)
-    return methods(config.n_layer)[name].label if name else str(folder)
+                return method.label
+    return str(folder)
 
 
 def read_metrics(folder):
@@ -107,93 +93,67 @@ def read_metrics(folder):
 
 
 def curve(lines, key):
-    """(tokens, values) of the lines that have a finite `key`."""
-    points = [(line["tokens"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]  # not by layer
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def smooth(values, width):
-    """The mean of each value and the up to width - 1 before it."""
-    return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
-
-
-def spread(values, form="{:.4f}"):
-    """Mean, and what the values range over, as text."""
-    mean = form.format(statistics.fmean(values))
-    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else mean
+    """{tokens: value} of the lines that have a finite `key`, which is one number (not one by layer)."""
+    return {line["tokens"]: line[key] for line in lines if isinstance(line.get(key), (int, float))}
 
 
 def draw_curves(ax, curves, key):
-    """curves: {label: [(tokens, values) of each run]}. Mean and band over the points that all runs of a label have."""
-    longest = max(xs[-1] for runs in curves.values() for xs, _ in runs if xs)
-    scale, unit = next((s, u) for s, u in ((1e9, "billion"), (1e6, "million"), (1, "")) if longest >= s or s == 1)
+    """curves: {label: [{tokens: value} of each run]}. Mean and band over the points that all runs of a label have."""
+    longest = max(tokens for runs in curves.values() for run in runs for tokens in run)
+    scale, unit = next((s, u) for s, u in ((1e9, "billion "), (1e6, "million "), (1, "")) if longest >= s or s == 1)
     beginnings = []
     for label, runs in curves.items():
-        xs = sorted(set.intersection(*(set(xs) for xs, _ in runs)))
-        if not xs:
+        tokens = sorted(set.intersection(*map(set, runs)))
+        if not tokens:
             continue
-        values = [[dict(zip(*run))[x] for run in runs] for x in xs]  # one list a point, one value a run
-        means = [statistics.fmean(v) for v in values]
-        colour, shown = colour_of(label, list(curves)), [x / scale for x in xs]
-        ax.plot(shown, means, color=colour, label=label, lw=1.6, marker="o" if len(xs) == 1 else None)
+        values = np.array([[run[x] for x in tokens] for run in runs])  # (runs, points)
+        xs, means, colour = np.array(tokens) / scale, values.mean(axis=0), colour_of(label, list(curves))
+        ax.plot(xs, means, color=colour, label=label, lw=1.6, marker="o" if len(xs) == 1 else None)
         if len(runs) > 1:
-            ax.fill_between(shown, *zip(*((min(v), max(v)) for v in values)), color=colour, lw=0,
-                            alpha=0.2 if len(curves) < 6 else 0.08)  # fmt: skip
+            alpha = 0.2 if len(curves) < 6 else 0.08
+            ax.fill_between(xs, values.min(axis=0), values.max(axis=0), color=colour, lw=0, alpha=alpha)
         beginnings.append(means[len(xs) // 3])
     if key.endswith("loss") and key != "balance_loss":  # the first steps, from ln V down, would flatten all the rest
         low, high = ax.dataLim.intervaly
         top = min(high, max(beginnings))
         if top > low:
             ax.set_ylim(low - 0.04 * (top - low), top + 0.04 * (top - low))
-    ax.set_xlabel(f"{unit} training tokens".strip())
-    ax.set_ylabel(UNITS.get(key, key))
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def legend_below(fig, ax, columns):
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    name = "validation loss, nats a token" if key == "val_loss" else key
+    ax.set(xlabel=f"{unit}training tokens", ylabel=name)
+    ax.grid()
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders that hold a metrics.jsonl")
-    parser.add_argument("--labels", nargs="+", help="one for each run; runs of the same label are taken together")
     parser.add_argument("--key", default="val_loss", help="what to draw, by its name in metrics.jsonl (%(default)s)")
     parser.add_argument("--out", default="compare.png", help="the picture to write (%(default)s)")
     args = parser.parse_args(argv)
-    if args.labels and len(args.labels) != len(args.runs):
-        raise BadInput(f"--labels: {len(args.labels)} labels for {len(args.runs)} runs: give one for each")
-    curves, ends = {}, []
-    for i, folder in enumerate(args.runs):
-        lines = read_metrics(folder)
-        xs, ys = curve(lines, args.key)
-        if not xs:
+    curves, rows = {}, []
+    for folder in args.runs:
+        lines, path = read_metrics(folder), Path(folder) / "ckpt.pt"
+        points = curve(lines, args.key)
+        if not points:
             raise BadInput(f"--key={args.key}: not in {folder}/metrics.jsonl, which has {', '.join(lines[-1])}")
-        path = Path(folder) / "ckpt.pt"
-        if args.labels:
-            label = args.labels[i]
-        elif path.exists():
+        label = str(folder)
+        if path.exists():
             label = label_of(UniPoolConfig(**load_checkpoint(path, mmap=True)["config"]), folder)
-        else:
-            label = str(folder)
-        shown = smooth(ys, max(1, len(ys) // 50)) if args.key in ("train_loss", "grad_norm") else ys
-        curves.setdefault(label, []).append((xs, shown))
-        last = next(line for line in reversed(lines) if line.get(args.key) is not None)
-        ends.append((label, folder, last["step"], ys[-1], min(ys)))
-    print(f"| | run | step | {args.key} then | lowest |\n|---|---|---|---|---|")
-    for label, folder, steps, last, lowest in ends:
-        print(f"| {label} | {folder} | {steps:,} | {last:.4f} | {lowest:.4f} |")
-    fig, ax = plt.subplots(figsize=(7, 4), dpi=150, layout="constrained")
-    draw_curves(ax, curves, args.key)
-    legend_below(fig, ax, columns=3)
+        tokens, values = zip(*points.items())
+        step = next(line["step"] for line in lines if line["tokens"] == tokens[-1])
+        rows.append([label, folder, f"{step:,}", f"{values[-1]:.4f}", f"{min(values):.4f}"])
+        if args.key in ("train_loss", "grad_norm"):  # each point the mean of so many steps
+            width = max(1, len(values) // 50)
+            tokens, values = tokens[width - 1 :], np.convolve(values, np.full(width, 1 / width), "valid")
+        curves.setdefault(label, []).append(dict(zip(tokens, values)))
+    print(markdown(["", "run", "step", f"{args.key} then", "lowest"], rows))
+    fig = Figure(figsize=(7, 4))
+    draw_curves(fig.subplots(), curves, args.key)
+    fig.legend(loc="outside lower center", ncols=3)
     try:
         fig.savefig(args.out)
     except (OSError, ValueError) as error:  # ValueError: no such kind of picture
         raise BadInput(f"--out={args.out} cannot be written ({error}): give another, as compare.png") from None
-    plt.close(fig)
-    print(f"\n{args.out}")
+    print(args.out)
 
 
 if __name__ == "__main__":

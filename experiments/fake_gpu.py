@@ -25,12 +25,8 @@ from torch.utils._pytree import tree_leaves
 from unipool import norm_router_scale
 
 TORCH = "2.13"
-WHY_NOT = (
-    None
-    if torch.cuda.is_available() or (torch.__version__.startswith(TORCH) and sys.platform == "linux"
-                                     and platform.machine() == "x86_64")
-    else f"a GPU can be imitated with torch {TORCH} on Linux x86-64 only"
-)  # fmt: skip
+FITS = torch.__version__.startswith(TORCH) and sys.platform == "linux" and platform.machine() == "x86_64"
+WHY_NOT = None if torch.cuda.is_available() or FITS else f"a GPU needs torch {TORCH} on Linux x86-64 to be imitated"
 
 
 def pretend_cuda():
@@ -92,18 +88,15 @@ class FakeStream:
     device, stream_id, device_index, device_type = torch.device("cuda", 0), 0, 0, 1
 
     def __init__(self, *_, **__): ...
-    def wait_event(self, event): ...
-    def wait_stream(self, stream): ...
-    def wait(self, *_): ...
-    def synchronize(self): ...
-    def record(self, *_): ...
     def record_event(self, event=None):
         return event or self
+
+    wait_event = wait_stream = wait = synchronize = record = lambda *_: None
 
 
 @contextlib.contextmanager
 def fake_gpu(config, world_size=1, bf16=True):
-    """Within it tensors are fake, and there is a "cuda". Yields the mesh of the fake processes, if more than 1."""
+    """Within it tensors are fake, and there is a "cuda". Yields the mesh of several processes, or None, and a Watch."""
     if config.n_expert and config.router == "norm":  # needs real numbers; functools.cache keeps it
         norm_router_scale(config.experts_per_pool, config.top_k)
     pretend_cuda()
@@ -124,42 +117,39 @@ def fake_gpu(config, world_size=1, bf16=True):
                 current_device=lambda: 0, device_count=lambda: world_size, set_device=lambda _: None,
                 is_initialized=lambda: True,
             )  # fmt: skip
-            for name, value in streams.items():
-                enter(patch(torch.cuda, name, value))
+            enter(mock.patch.multiple(torch.cuda, **streams))
             enter(patch(torch.Tensor, "record_stream", lambda self, stream: None))
             dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
             stack.callback(dist.destroy_process_group)
             mesh = dist.init_device_mesh("cuda", (world_size,))
+        watch = Watch()
+        for name in ("alloc_storage", "free_storage"):
+            enter(patch(fsdp_param, name, watch.resizing(getattr(fsdp_param, name))))
         enter(FakeTensorMode())
-        yield mesh
+        yield mesh, enter(watch)
 
 
 class Watch(TorchDispatchMode):
-    """Counts the GPU's live bytes by storage, in blocks of 512 as the caching allocator, and looks at grouped products.
+    """Counts the GPU's live bytes by storage, in blocks of 512 as the caching allocator.
 
-    phase: what the caller says it is at. products: (shape of a, of b, is it fast?) of each grouped product.
+    phase: what the caller says it is at. held: {phase: bytes that were made in it and live}; peak: the same at the
+    moment of the most, in peak_phase.
     """
 
     def __init__(self):
         super().__init__()
-        self.phase, self.live, self.products = "", {}, []
+        self.phase, self.live, self.held = "", {}, collections.Counter()
         self.reset()
 
+    def begin(self, phase):
+        self.phase = phase
+
     def reset(self):
-        self.now = self.peak = sum(size for size, _ in self.live.values())
-        self.peak_phase, self.at_peak = self.phase, None
-
-    def __enter__(self):
-        self.patches = contextlib.ExitStack()
-        for name in ("alloc_storage", "free_storage"):  # FSDP gives and takes the memory of gathered weights by these
-            self.patches.enter_context(mock.patch.object(fsdp_param, name, self.resizing(getattr(fsdp_param, name))))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self.patches.close()
-        return super().__exit__(*error)
+        self.peak, self.peak_phase = self.held.copy(), self.phase
 
     def resizing(self, function):
+        """The function of FSDP, which gives or takes the memory of gathered weights, watched."""
+
         def resize(tensor):
             function(tensor)
             storage = tensor.untyped_storage()
@@ -168,47 +158,26 @@ class Watch(TorchDispatchMode):
 
         return resize
 
-    def hold(self, key, size, label=None):
-        """The storage of this key, made by what the label says, is of `size` bytes from now on."""
-        before, label = self.live.get(key, (0, label))
-        if size < before and self.now == self.peak and self.at_peak is None:  # only now is it known that this was it
-            self.at_peak = dict(self.live)
-        self.live[key] = size, label
-        self.now += size - before
-        if self.now > self.peak:
-            self.peak, self.peak_phase, self.at_peak = self.now, self.phase, None
+    def hold(self, key, size):
+        """The storage of this key is of `size` bytes from now on."""
+        before, made_in = self.live.get(key, (0, self.phase))
+        self.live[key] = size, made_in
+        self.held[made_in] += size - before
+        if self.held.total() > self.peak.total():
+            self.reset()
 
     def forget(self, key):
         self.hold(key, 0)
         del self.live[key]
 
-    def made_of(self):
-        """[(what, bytes)] at the peak, the largest first; what: the phase, operation, shape and dtype that made it."""
-        total = collections.Counter()
-        for size, label in (self.at_peak or self.live).values():
-            total[label] += size
-        return total.most_common()
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(t.__name__ == "DTensor" for t in types):
             return NotImplemented  # comes here again as operations on local tensors
         out = func(*args, **kwargs or {})
-        name = func._schema.name.split("::")[1]
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.live:
                     weakref.finalize(storage, self.forget, storage._cdata)
-                    label = (self.phase, name, tuple(tensor.shape), str(tensor.dtype)[6:])
-                    self.hold(storage._cdata, -(-storage.nbytes() // 512) * 512, label)
-        if name == "_grouped_mm":
-            a, b = args[:2]
-            self.products.append((tuple(a.shape), tuple(b.shape), is_fast(a, out) and is_fast(b, out)))
+                    self.hold(storage._cdata, -(-storage.nbytes() // 512) * 512)
         return out
-
-
-def is_fast(x, out):
-    """Whether grouped_mm's kernel for Hopper takes x: bf16 in and out, one dimension dense, the others in 16 bytes."""
-    strides = sorted(x.stride())
-    steps = [s * x.element_size() for s in strides[1:]]
-    return x.dtype == out.dtype == torch.bfloat16 and strides[0] == 1 and not any(step % 16 for step in steps)

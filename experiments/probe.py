@@ -12,35 +12,22 @@ Probe         what it costs to choose at random in one layer of the deeper half 
               those that the router gave to its own choices, so that nothing but the choice of experts changes.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import nn
 from tqdm import tqdm
 
-from command import BadInput, Parser, run_command
-from experiments.bench import machine, save_result
-from experiments.compare import colour_of, label_of, spread
+import train
+from command import BadInput, run_command
+from experiments.common import ExperimentParser, at_least, machine, markdown, save, spread
+from experiments.compare import colour_of, label_of
 from prepare_pile import TokenData, read_meta
-from train import (
-    autocast,
-    check_tokenizer,
-    find_device,
-    load_checkpoint,
-    load_model,
-    pool_utilisation,
-    read_batch,
-    validation_indices,
-)
 
-HERE = Path(__file__).parent
 MATCHED = 8  # experts of the matched probe for each choice of a token: vanilla has 8 a layer at top-1
 TOKENS_AT_ONCE = 4096  # of a forward pass, whose logits are held
 
@@ -50,7 +37,7 @@ class WatchedRouter(nn.Module):
 
     def __init__(self, router):
         super().__init__()
-        self.router = router
+        self.router, self.seen = router, []  # seen: (experts (N, k), gates (N, k), sum of the scores (N,)) of each call
         self.allowed = self.generator = None  # (A,) int64 experts, and where the random numbers come from
 
     def forward(self, x):
@@ -58,261 +45,204 @@ class WatchedRouter(nn.Module):
         if self.allowed is not None:
             numbers = torch.rand(len(x), len(self.allowed), generator=self.generator, device=x.device)  # (N, A)
             experts = self.allowed[numbers.topk(experts.size(1)).indices]  # k different ones, each set equally likely
-        self.gates, self.experts, self.scores = gates, experts, scores
+        self.seen.append((experts.cpu(), gates.cpu(), scores.sum(dim=1).cpu()))
         return gates, experts, scores
 
 
-class Statistics:
-    """What the choices of all layers add up to, batch by batch."""
-
-    def __init__(self, config, device):
-        self.config = config
-        L, M = config.n_layer, config.experts_per_pool
-        # Expert i of layer l's pool has the number first_expert[l] + i among all n_expert.
-        self.first_expert = torch.tensor([l * config.n_pool // L * M for l in range(L)], device=device)
-        self.counts = torch.zeros(L, config.n_expert, dtype=torch.int64, device=device)
-        self.distinct = self.tokens = 0
-        self.score_sum, self.gate_sum = torch.zeros(2, L, dtype=torch.float64, device=device)
-
-    def add(self, routers):
-        experts = torch.stack([r.experts for r in routers]) + self.first_expert[:, None, None]  # (L, N, k)
-        served = torch.stack([r.gates for r in routers]) > 0
-        L, N, k = experts.shape
-        for l in range(L):
-            self.counts[l] += experts[l][served[l]].bincount(minlength=self.config.n_expert)
-        self.distinct += distinct_experts(torch.where(served, experts, -1)).sum().item()
-        self.tokens += N
-        self.score_sum += torch.stack([r.scores.double().sum() for r in routers])
-        self.gate_sum += torch.stack([r.gates.double().sum() for r in routers])
-
-    def summary(self):
-        c = self.config
-        f = self.counts.double() / (self.tokens * c.top_k)  # (L, n_expert): sums to the share that is served
-        served, even = f.sum(dim=1), 1 / c.experts_per_pool  # (L,)
-        own = torch.stack([f_l[first : first + c.experts_per_pool] for f_l, first in zip(f, self.first_expert)])
-        shares = f / served.clamp(min=1e-300)[:, None]
-        load = f.sum(dim=0) / f.sum(dim=0).mean()  # (n_expert,), 1 is the mean
-        # Drawn evenly and independently, an expert of a pool is missed by all of its layers with this probability.
-        missed = (1 - served * c.top_k * even).view(c.n_pool, -1).prod(dim=1)  # (G,)
-        visits = served.sum().item() * c.top_k  # that serve a token, on average
-        return dict(
-            utilisation=pool_utilisation(own, c.n_pool)[0],
-            dead_experts=int((load == 0).sum()),
-            load=load.tolist(),
-            distinct_share=self.distinct / self.tokens / visits,
-            distinct_share_if_even=c.experts_per_pool * (1 - missed).sum().item() / visits,
-            layers_of_expert=layers_of_experts(shares, even).tolist(),
-            unserved=(1 - served).tolist(),
-            score_sum=(self.score_sum / self.tokens).tolist(),
-            gate_sum=(self.gate_sum / self.tokens).tolist(),
-            shares=shares.tolist(),
-        )
+def routing_statistics(config, experts, gates, score_sums):
+    """Figures of what all layers chose. experts (numbered within a pool), gates: (L, N, k), score_sums: (L, N)."""
+    (L, N, k), M, n_expert = experts.shape, config.experts_per_pool, config.n_expert
+    first = torch.arange(L) * config.n_pool // L * M  # expert i of layer l's pool is number first[l] + i of all
+    numbers = torch.where(gates > 0, experts + first[:, None, None], -1)  # (L, N, k), -1 where no expert serves
+    counts = torch.stack([(own.flatten() + 1).bincount(minlength=n_expert + 1)[1:] for own in numbers])  # (L, n_expert)
+    f = counts.double() / (N * k)  # sums to the share that is served
+    served = f.sum(dim=1)  # (L,)
+    shares = f / served.clamp(min=1e-300)[:, None]
+    load = f.mean(dim=0) / f.mean()  # (n_expert,), 1 is the mean
+    met = numbers.transpose(0, 1).flatten(1).sort(dim=1).values  # (N, L * k)
+    distinct = (met.diff(dim=1, prepend=torch.full((N, 1), -1)) != 0).sum().item()
+    # Drawn evenly and independently, an expert of a pool is missed by all of its layers with this probability.
+    missed = (1 - served * k / M).view(config.n_pool, -1).prod(dim=1)  # (n_pool,)
+    visits = served.sum().item() * k  # that serve a token, on average
+    own = torch.stack([f[l, i : i + M] for l, i in enumerate(first)])  # (L, M)
+    return dict(
+        utilisation=train.pool_utilisation(own, config.n_pool)[0],
+        dead_experts=int((load == 0).sum()),
+        load=load.tolist(),
+        distinct_share=distinct / N / visits,
+        distinct_share_if_even=M * (1 - missed).sum().item() / visits,
+        layers_of_expert=(shares >= 0.5 / M).sum(dim=0).tolist(),
+        unserved=(1 - served).tolist(),
+        score_sum=score_sums.double().mean(dim=1).tolist(),
+        gate_sum=gates.double().sum(dim=2).mean(dim=1).tolist(),
+        shares=shares.tolist(),
+    )
 
 
-def distinct_experts(experts):
-    """How many different experts serve each token: (L, N, k) expert numbers, -1 for none -> (N,)."""
-    met = experts.transpose(0, 1).flatten(1).sort(dim=1).values  # (N, L * k)
-    return (met[:, 0] >= 0).long() + (met.diff(dim=1) != 0).sum(dim=1)
-
-
-def layers_of_experts(shares, even):
-    """(n_expert,): the number of layers that give an expert at least half of what an even load would."""
-    return (shares >= even / 2).sum(dim=0)
+def load_run(path, device, data_dir=None):
+    """(checkpoint, model, its validation TokenData) of a checkpoint; the routers are watched. Raises BadInput."""
+    checkpoint = train.load_checkpoint(path, mmap=True)
+    model = train.load_model(checkpoint, path, device).eval()
+    config, data_dir = model.config, data_dir or checkpoint["settings"]["data_dir"]
+    if not config.n_expert:
+        raise BadInput(f"{path} is a dense model: it has no routers to probe")
+    meta = read_meta(data_dir, config.vocab_size)
+    train.check_tokenizer(data_dir, meta, checkpoint, path)
+    for block in model.blocks:
+        block.router = WatchedRouter(block.router)
+    return checkpoint, model, TokenData(data_dir, "val", meta, config.block_size, config.vocab_size)
 
 
 @torch.no_grad()
-def evaluate(model, data, indices, device, bar, found=None):
+def evaluate(model, data, indices, device, bar):
     """(cross-entropy in nats a token, share of tokens that are predicted rightly) over the sequences `indices`."""
     loss, right = torch.zeros(2, dtype=torch.float64, device=device)
+    for block in model.blocks:
+        block.router.seen = []
     at_once = max(1, TOKENS_AT_ONCE // data.block_size)
-    routers = [block.router for block in model.blocks]
     for i in range(0, len(indices), at_once):
-        x, y = read_batch(data, indices[i : i + at_once], device)
-        with autocast(device):
+        x, y = train.read_batch(data, indices[i : i + at_once], device)
+        with train.autocast(device):
             out = model(x, y)
         loss += out.loss.double() * len(x)
         right += (out.logits.argmax(dim=-1) == y).double().mean(dim=1).sum()
-        if found:
-            found.add(routers)
         bar.update(x.numel())
     return loss.item() / len(indices), right.item() / len(indices)
 
 
+def measure(model, data, indices, device, bar):
+    """The figures of a model whose routers are watched and left alone, as a dict of plain values."""
+    loss, accuracy = evaluate(model, data, indices, device, bar)
+    of_layers = [[torch.cat(tensors) for tensors in zip(*block.router.seen)] for block in model.blocks]
+    experts, gates, score_sums = (torch.stack(tensors) for tensors in zip(*of_layers))
+    figures = dict(tokens=len(indices) * data.block_size, loss=loss, accuracy=accuracy)
+    figures |= routing_statistics(model.config, experts, gates, score_sums)
+    if model.config.router == "norm":
+        figures["sigma"] = [block.router.router.sigma.item() for block in model.blocks]
+    return figures
+
+
 def probe(model, data, tokens, draws, device, label):
-    """All figures of one model, as a dict of plain values."""
-    config = model.config
-    for block in model.blocks:
-        block.router = WatchedRouter(block.router)
-    indices = validation_indices(data, tokens)
-    deeper = range(config.n_layer // 2, config.n_layer)
-    M = config.experts_per_pool
+    """The figures of measure(), and "probe": {way: {layer: changes of loss and accuracy, one of each draw}}."""
+    config, indices = model.config, train.validation_indices(data, tokens)
+    deeper, M = range(config.n_layer // 2, config.n_layer), config.experts_per_pool
     matched = MATCHED * config.top_k
     ways = {"uniform": M} | ({"matched": matched} if M > matched else {})
     passes = 1 + len(ways) * len(deeper) * draws
     with tqdm(total=passes * len(indices) * data.block_size, desc=label, unit="token", unit_scale=True,
               mininterval=0.5 if sys.stderr.isatty() else 10) as bar:  # fmt: skip
-        found = Statistics(config, device)
-        loss, accuracy = evaluate(model, data, indices, device, bar, found)
-        figures = dict(tokens=len(indices) * data.block_size, loss=loss, accuracy=accuracy) | found.summary()
-        if config.router == "norm":
-            figures["sigma"] = [block.router.router.sigma.item() for block in model.blocks]
+        figures = measure(model, data, indices, device, bar)
         figures["probe"] = {way: {} for way in ways}
         for way, n_allowed in ways.items():
             for l in deeper:
-                watched, first = model.blocks[l].router, found.first_expert[l]
-                watched.allowed = found.counts[l, first : first + M].topk(n_allowed).indices
-                changes = []
+                router, own = model.blocks[l].router, l * config.n_pool // config.n_layer * M
+                used = torch.tensor(figures["shares"][l][own : own + M], device=device)
+                router.allowed, changes = used.topk(n_allowed).indices, []
                 for draw in range(draws):
-                    watched.generator = torch.Generator(device).manual_seed(draw)
-                    new_loss, new_accuracy = evaluate(model, data, indices, device, bar)
-                    changes.append((new_loss - loss, new_accuracy - accuracy))
-                watched.allowed = None
-                losses, accuracies = zip(*changes)
-                figures["probe"][way][l] = dict(loss=losses, accuracy=accuracies)
+                    router.generator = torch.Generator(device).manual_seed(draw)
+                    found = evaluate(model, data, indices, device, bar)
+                    changes.append((found[0] - figures["loss"], found[1] - figures["accuracy"]))
+                router.allowed = None
+                figures["probe"][way][l] = dict(zip(("loss", "accuracy"), zip(*changes)))
     return figures
-
-
-def of_draws(layers, key):
-    """One value a draw: the mean over the layers."""
-    return [statistics.fmean(values) for values in zip(*(layer[key] for layer in layers.values()))]
 
 
 def table(results):
     """Rows of figures, a column for each run."""
-    rows = {
-        "validation loss, nats a token": lambda f: f"{f['loss']:.4f}",
-        "next token predicted rightly": lambda f: f"{f['accuracy']:.2%}",
-        "pool utilisation": lambda f: f"{f['utilisation']:.1%}",
-        "pairs that no expert serves": lambda f: f"{statistics.fmean(f['unserved']):.1%}",
-        "dead experts": lambda f: f"{f['dead_experts']} of {len(f['shares'][0])}",
-        "load of the most used, mean = 1": lambda f: f"{max(f['load']):.2f}",
-        "distinct experts a token meets, of its visits (Table 9)": lambda f: f"{f['distinct_share']:.1%}",
-        "the same, if layers chose evenly at random": lambda f: f"{f['distinct_share_if_even']:.1%}",
-        "layers that use an expert*, mean": lambda f: f"{statistics.fmean(f['layers_of_expert']):.2f}",
-    }
+    runs = list(results.values())
+    rows = [
+        ["validation loss, nats a token", *(f"{f['loss']:.4f}" for f in runs)],
+        ["next token predicted rightly", *(f"{f['accuracy']:.2%}" for f in runs)],
+        ["pool utilisation", *(f"{f['utilisation']:.1%}" for f in runs)],
+        ["pairs that no expert serves", *(f"{np.mean(f['unserved']):.1%}" for f in runs)],
+        ["dead experts", *(f"{f['dead_experts']} of {len(f['load'])}" for f in runs)],
+        ["load of the most used, mean = 1", *(f"{max(f['load']):.2f}" for f in runs)],
+        ["distinct experts a token meets, of its visits (Table 9)", *(f"{f['distinct_share']:.1%}" for f in runs)],
+        ["the same, if layers chose evenly at random", *(f"{f['distinct_share_if_even']:.1%}" for f in runs)],
+        ["layers that use an expert*, mean", *(f"{np.mean(f['layers_of_expert']):.2f}" for f in runs)],
+    ]
     for name, key in (("pairs that no expert serves", "unserved"), ("sigma", "sigma"),
                       ("sum of a token's scores", "score_sum"), ("sum of its gates", "gate_sum")):  # fmt: skip
-        rows[f"{name}, from the lowest layer up"] = lambda f, key=key: (
-            " ".join(f"{value:.2f}" for value in f[key]) if key in f else ""
-        )
+        cells = [" ".join(f"{value:.2f}" for value in f.get(key, [])) for f in runs]
+        rows.append([f"{name}, from the lowest layer up", *cells])
     for way in ("uniform", "matched"):
         for name, key, form in (("loss", "loss", "{:+.4f}"), ("share predicted rightly", "accuracy", "{:+.2%}")):
-            rows[f"{way} choice in one deep layer: {name}"] = lambda f, way=way, key=key, form=form: (
-                spread(of_draws(f["probe"][way], key), form) if way in f["probe"] else "as uniform"
-            )
-    lines = ["| | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    lines += [f"| {name} | " + " | ".join(show(f) for f in results.values()) + " |" for name, show in rows.items()]
-    return "\n".join(lines) + "\n\n* give it at least half of an even load\n"
+            layers = [[layer[key] for layer in f["probe"].get(way, {}).values()] for f in runs]
+            cells = [spread(np.mean(changes, axis=0), form) if changes else "as uniform" for changes in layers]
+            rows.append([f"{way} choice in one deep layer: {name}", *cells])
+    return markdown(["", *results], rows) + "\n* give it at least half of an even load\n"
 
 
-def draw_usage(results, path):
+def draw_usage(results):
     """The paper's Figure 3: how often each layer chooses each expert, and the sum over layers against an even load."""
-    fig, axes = plt.subplots(2, len(results), figsize=(1.5 + 3.5 * len(results), 4.2), dpi=150, layout="constrained",
-                             height_ratios=[2, 1], sharex="col", squeeze=False)  # fmt: skip
+    fig = Figure(figsize=(1.5 + 3.5 * len(results), 4.2))
+    axes = fig.subplots(2, len(results), height_ratios=[2, 1], sharex="col", squeeze=False)
     for (label, f), above, below in zip(results.items(), *axes):
-        shares = np.array(f["shares"])  # (L, n_expert)
+        shares, M = np.array(f["shares"]), f["experts_per_pool"]
         L, n_expert = shares.shape
-        per_pool = f["experts_per_pool"]
-        pool_of_layer = np.arange(L) * (n_expert // per_pool) // L
-        others = np.arange(n_expert)[None] // per_pool != pool_of_layer[:, None]  # experts that a layer cannot reach
-        relative = np.where(others, np.nan, shares * per_pool)
-        image = above.imshow(relative, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=4,
+        pool_of_layer = np.arange(L)[:, None] * (n_expert // M) // L
+        reachable = np.arange(n_expert) // M == pool_of_layer  # (L, n_expert)
+        image = above.imshow(np.where(reachable, shares * M, np.nan), aspect="auto", origin="lower", vmin=0, vmax=4,
                              interpolation="nearest")  # fmt: skip
-        above.set_facecolor("0.9")
-        above.set_title(label, fontsize=10)
+        above.set(facecolor="0.9", title=label)
         above.yaxis.get_major_locator().set_params(integer=True)
         below.bar(range(n_expert), f["load"], width=1, color=colour_of(label, list(results)), edgecolor="white", lw=0.3)
         below.axhline(1, color="0.2", lw=1, ls="--")
         below.xaxis.get_major_locator().set_params(integer=True)
-        below.set_xlabel("expert (dashed: even load)")
-        below.spines[["top", "right"]].set_visible(False)
-    for below in axes[1]:
-        below.set_ylim(0, max(ax.get_ylim()[1] for ax in axes[1]))
+        highest = max(max(f["load"]) for f in results.values())
+        below.set(xlabel="expert (dashed: even load)", ylim=(0, 1.05 * highest))
     fig.colorbar(image, ax=axes[0], extend="max", label="share of the layer's\nserved pairs, even = 1")
     axes[0][0].set_ylabel("layer")
     axes[1][0].set_ylabel("load over all\nlayers, mean = 1")
-    fig.savefig(path)
-    plt.close(fig)
+    return fig
 
 
-def draw_probe(results, path):
+def draw_probe(results):
     """What a random choice costs, layer by layer, and how many layers each expert serves."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=150, layout="constrained")
+    fig = Figure(figsize=(9, 3.6))
+    left, right = fig.subplots(1, 2)
     series = [(label, way) for label, f in results.items() for way in f["probe"]]
     for i, (label, way) in enumerate(series):
-        layers = results[label]["probe"][way]
-        shift = (i - (len(series) - 1) / 2) * 0.8 / len(series)
-        xs = [int(l) + shift for l in layers]
-        means = [statistics.fmean(layer["loss"]) for layer in layers.values()]
-        left.bar(xs, means, 0.75 / len(series), color=colour_of(label, list(results)), label=f"{label}, {way}",
+        layers, colour = results[label]["probe"][way], colour_of(label, list(results))
+        xs = [int(l) + (i - (len(series) - 1) / 2) * 0.8 / len(series) for l in layers]
+        changes = [layer["loss"] for layer in layers.values()]
+        left.bar(xs, np.mean(changes, axis=1), 0.75 / len(series), color=colour, label=f"{label}, {way}",
                  hatch="///" if way == "matched" else None, edgecolor="white", lw=0.5)  # fmt: skip
-        for x, layer in zip(xs, layers.values()):
-            left.plot([x] * len(layer["loss"]), layer["loss"], ".", color="0.15", ms=3)
-    left.xaxis.get_major_locator().set_params(integer=True)
-    left.set_xlabel("layer that chooses at random (dots: draws)")
-    left.set_ylabel("change of the validation loss,\nnats a token")
-    left.legend(fontsize=8, frameon=False)
+        left.plot(xs, changes, ".", color="0.15", ms=3)
+    left.set(xlabel="layer that chooses at random (dots: draws)", ylabel="change of the validation loss,\nnats a token")
     for label, f in results.items():
         counts = np.bincount(f["layers_of_expert"], minlength=len(f["shares"]) + 1)
         right.plot(counts / counts.sum(), marker="o", ms=4, color=colour_of(label, list(results)), label=label)
-    right.set_xlabel("layers that use an expert*")
-    right.set_ylabel("share of the experts")
-    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-    right.xaxis.get_major_locator().set_params(integer=True)
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=8, frameon=False)
-    right.text(
-        0.98, 0.55, "* give it at least half\nof an even load", transform=right.transAxes, ha="right", fontsize=8
-    )
+    right.set(xlabel="layers that use an expert*\n(* give it at least half of an even load)", ylim=(0, None),
+              ylabel="share of the experts")  # fmt: skip
+    right.yaxis.set_major_formatter(PercentFormatter(1))
     for ax in (left, right):
-        ax.grid(alpha=0.25, axis="y")
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path)
-    plt.close(fig)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend()
+        ax.grid(axis="y")
+    return fig
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
+    parser = ExperimentParser(__doc__, "probe")
     parser.add_argument("runs", nargs="*", default=["out"], help="folders of runs (out)")
     parser.add_argument("--ckpt", default="ckpt.pt", help="checkpoint in them: ckpt.pt, best.pt ... (%(default)s)")
     parser.add_argument("--data_dir", help="(the one that each run was trained on)")
-    parser.add_argument(
-        "--tokens", type=int, default=2**16, help="of the validation split, spread over it (%(default)s)"
-    )
-    parser.add_argument("--draws", type=int, default=3, help="of random choices for each layer (%(default)s)")
+    parser.add_argument("--tokens", type=at_least(1), default=2**16, help="of the validation split (%(default)s)")
+    parser.add_argument("--draws", type=at_least(1), default=3, help="of random choices for each layer (%(default)s)")
     parser.add_argument("--device", help="cuda, cpu ... (the best there is)")
-    parser.add_argument("--name", default="probe", help="of the files in --results (%(default)s)")
-    parser.add_argument("--results", default=HERE / "results", help="folder for JSON and pictures; empty for none")
     args = parser.parse_args(argv)
-    for name in ("tokens", "draws"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name}={getattr(args, name)} must be at least 1")
-    device = find_device(args.device)
+    device = train.find_device(args.device)
     about, results = machine(device), {}
     for folder in args.runs:
-        path = Path(folder) / args.ckpt
-        checkpoint = load_checkpoint(path, mmap=True)
-        model = load_model(checkpoint, path, device).eval()
-        config = model.config
-        if not config.n_expert:
-            raise BadInput(f"{path} is a dense model: it has no routers to probe")
-        data_dir = args.data_dir or checkpoint["settings"]["data_dir"]
-        meta = read_meta(data_dir, config.vocab_size)
-        check_tokenizer(data_dir, meta, checkpoint, path)
-        data = TokenData(data_dir, "val", meta, config.block_size, config.vocab_size)
-        label = label_of(config, folder)
+        checkpoint, model, data = load_run(Path(folder) / args.ckpt, device, args.data_dir)
+        label = label_of(model.config, folder)
         label = f"{label} ({folder})" if label in results else label
-        about_run = dict(run=str(folder), step=checkpoint["step"], seed=checkpoint["settings"]["seed"],
-                         experts_per_pool=config.experts_per_pool)  # fmt: skip
-        results[label] = about_run | probe(model, data, args.tokens, args.draws, device, label)
-    print(table(results))
-    if str(args.results):
-        save_result(args.results, args.name, "probe", argv, about, results=results)
-        path = Path(args.results) / args.name
-        Path(f"{path}.md").write_text(table(results))
-        draw_usage(results, path.with_name(f"{args.name}_usage.png"))
-        draw_probe(results, path.with_name(f"{args.name}_routing.png"))
-        print(f"{path}_usage.png, {path}_routing.png")
+        run = dict(run=str(folder), step=checkpoint["step"], seed=checkpoint["settings"]["seed"],
+                   experts_per_pool=model.config.experts_per_pool)  # fmt: skip
+        results[label] = run | probe(model, data, args.tokens, args.draws, device, label)
+    pictures = {"_usage": draw_usage(results), "_routing": draw_probe(results)}
+    save(args, about, table(results), pictures, results=results)
 
 
 if __name__ == "__main__":

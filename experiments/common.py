@@ -1,0 +1,85 @@
+"""What the experiments share: their flags, the machine they ran on, tables and pictures, and the files of results."""
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+
+from command import Parser
+
+RESULTS = Path(__file__).parent / "results"
+matplotlib.rcParams |= {
+    "figure.dpi": 150, "figure.constrained_layout.use": True, "axes.titlesize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "grid.alpha": 0.25, "legend.fontsize": 8, "legend.frameon": False,
+}  # fmt: skip
+
+
+class ExperimentParser(Parser):
+    """A Parser with the flags --name and --results of what save() writes."""
+
+    def __init__(self, description, name):
+        super().__init__(description)
+        self.add_argument("--name", default=name, help="of the files in --results (%(default)s)")
+        self.add_argument("--results", default=RESULTS, help="folder for JSON, table and pictures; empty for none")
+
+
+def at_least(low):
+    """The type of a flag that takes whole numbers from `low` on."""
+
+    def number(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
+        return int(text)
+
+    return number
+
+
+def machine(device):
+    """What a figure needs beside it to be worth anything: CPU, threads, GPU, versions, the commit of this code."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True,
+                            text=True)  # fmt: skip
+    path = Path("/proc/cpuinfo")
+    cpus = re.findall(r"model name\s*: (.+)", path.read_text()) if path.exists() else []
+    cpu = f"{len(cpus)} x {cpus[0]}" if cpus else platform.processor()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return dict(cpu=cpu, threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__,
+                python=platform.python_version(), commit=commit.stdout.strip() or None)  # fmt: skip
+
+
+def save(args, about, table, pictures=None, **contents):
+    """Print a table; write it, the figures {end of the name: Figure} and the contents to args.results/args.name.
+
+    about: what machine() says, asked before the experiment began. The JSON file holds it and the command beside the
+    contents. Without args.results nothing is written.
+    """
+    print(table)
+    if not str(args.results):
+        return
+    folder = Path(args.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = dict(command=shlex.join(["python", *sys.orig_argv[1:]]), machine=about, **contents)
+    (folder / f"{args.name}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    (folder / f"{args.name}.md").write_text(table)
+    for ending, figure in (pictures or {}).items():
+        figure.savefig(folder / f"{args.name}{ending}.png")
+    print(f"{folder / args.name}.json, .md{''.join(f', {ending}.png' for ending in pictures or {})}")
+
+
+def markdown(heads, rows):
+    """A Markdown table; the cells may be anything that has a text."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in [heads, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]]) + "\n"
+
+
+def spread(values, form="{:.4f}"):
+    """Mean, and what the values range over, as text."""
+    mean = form.format(statistics.fmean(values))
+    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else mean
