@@ -24,6 +24,7 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import filelock
 import numpy as np

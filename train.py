@@ -62,7 +62,7 @@ class Settings:
     device: str | None = flag(None, "cuda, cpu, mps, cuda:1 ... (the best there is)")
     seed: int = flag(1337, "of the initial weights and of the order of the data", low=0)
     max_steps: int = flag(60_000, "optimizer steps in all, at which the run ends")
-    decay_steps: int | None = flag(None, "where the cosine ends (60,000, or tiny's 360; not moved by --max_steps)")
+    decay_steps: int = flag(60_000, "where the cosine ends; not moved by --max_steps")
     warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises", low=0, high=1)
     batch_size: int = flag(512, "sequences a step, over all processes", high=2**24)
     micro_batch_size: int | None = flag(None, "sequences a forward pass, in each process (up to 16,384 tokens)")
@@ -74,9 +74,9 @@ class Settings:
     adam_eps: float = flag(1e-8, "of AdamW", low=0, high=1e3)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0, high=math.inf)
     eval_interval: int = flag(1000, "steps between validations")
-    eval_tokens: int | None = flag(None, "validation tokens used, spread over the split (as many as 8 steps take)")
+    eval_tokens: int = flag(2**22, "validation tokens used, spread over the split")
     ckpt_interval: int = flag(1000, "steps between checkpoints")
-    keep: int = flag(2, "checkpoints kept, the newest included; the best by validation loss is kept beside them")
+    keep: int = flag(2, "checkpoints kept, the newest included; the best by validation loss is kept too", high=1000)
     log_interval: int = flag(10, "steps between lines of metrics.jsonl")
     compile: bool | None = flag(None, "use torch.compile (on for CUDA)")
     recompute: bool = flag(False, "keep no activations within layers: less memory, about a third more time")
@@ -85,10 +85,11 @@ class Settings:
     resume: bool = flag(False, "go on from --out_dir/ckpt.pt; flags not given keep the checkpoint's values")
 
 
-TINY = dict(max_steps=360, warmup=0.05, batch_size=32, lr=1.5e-3, min_lr=2e-4, eval_interval=90, eval_tokens=2**16,
-            ckpt_interval=90, log_interval=1)  # fmt: skip
+TINY = dict(max_steps=360, decay_steps=360, warmup=0.05, batch_size=32, lr=1.5e-3, min_lr=2e-4, eval_interval=90,
+            eval_tokens=2**16, ckpt_interval=90, log_interval=1)  # fmt: skip
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=list(BALANCES))
 LARGEST_MICRO_BATCH = 2**14  # tokens
+SHOWN = ("val_loss", "train_loss", "tokens_per_second", "mfu", "pool_utilisation", "unserved")  # on the terminal
 MOST_SKIPPED = 10  # steps in a row with a non-finite loss or gradient, after which the run ends
 
 
@@ -101,12 +102,10 @@ def parse_flags(argv):
     for group, cls in ((own, Settings), (model, UniPoolConfig)):
         for f in fields(cls):
             kind = (typing.get_args(f.type) or (f.type,))[0]  # int, also of `int | None`
+            options = dict(type=kind, choices=CHOICES.get(f.name), metavar=None if f.name in CHOICES else kind.__name__)
             if kind is bool:
                 options = dict(action=argparse.BooleanOptionalAction)
-            else:
-                options = dict(type=kind, choices=CHOICES.get(f.name))
-                options["metavar"] = None if f.name in CHOICES else kind.__name__
-            default = "" if f.default in (None, False, True) else f" ({f.default})"
+            default = "" if kind is bool or f.default is None else f" ({f.default})"
             group.add_argument(f"--{f.name}", help=f.metadata.get("help", "") + default, **options)
     return vars(parser.parse_args(argv))
 
@@ -122,10 +121,6 @@ def settle(given, saved):
             config = UniPoolConfig.from_scale(settings.scale, settings.arch, **model_flags)
         except ValueError as error:
             raise BadInput(error) from None
-        if settings.decay_steps is None:
-            settings.decay_steps = recipe.get("max_steps", Settings.max_steps)
-        if settings.eval_tokens is None:
-            settings.eval_tokens = 8 * settings.batch_size * config.block_size
     else:
         fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
         for name in fixed.keys() & given.keys():
@@ -142,13 +137,14 @@ def settle(given, saved):
 
 def split_batch(settings, config, world_size):
     """(sequences of a process's micro-batch, micro-batches of a step). Raises BadInput."""
-    per_process, size = settings.batch_size // world_size, settings.micro_batch_size
-    if size is None:  # the largest of at most LARGEST_MICRO_BATCH tokens that divides
-        most = max(1, LARGEST_MICRO_BATCH // config.block_size)
-        size = max((n for n in range(1, most + 1) if per_process % n == 0), default=1)
+    size = settings.micro_batch_size or 1
     if settings.batch_size % (world_size * size):
-        multiple = f"{world_size} process(es) x --micro_batch_size={size} = {world_size * size}"
-        raise BadInput(f"--batch_size={settings.batch_size} must be a multiple of {multiple}")
+        raise BadInput(f"--batch_size={settings.batch_size} must be a multiple of {world_size * size}: {world_size} "
+                       f"process(es) x micro-batches of {size}")  # fmt: skip
+    per_process = settings.batch_size // world_size
+    if settings.micro_batch_size is None:  # the largest of at most LARGEST_MICRO_BATCH tokens that divides
+        most = max(1, LARGEST_MICRO_BATCH // config.block_size)
+        size = max(n for n in range(1, most + 1) if per_process % n == 0)
     return size, per_process // size
 
 
@@ -167,9 +163,10 @@ def learning_rate(step, settings):
 
 def find_device(name):
     """The torch.device of that name; None is the best there is; "cuda" under torchrun is this process's own GPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     local_rank, processes_here = (os.environ.get(variable) for variable in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if name is None:  # gloo, which joins processes without CUDA, does not know mps
+        mps = torch.backends.mps.is_available() and local_rank is None
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if local_rank and ":" in name:
         raise BadInput(f"--device={name} would put every process on one device: give cuda")
     if name == "cuda" and 0 < torch.cuda.device_count() < int(processes_here or 1):
@@ -226,10 +223,9 @@ def has_bf16(device):
 def shard(model, device, mesh):
     """Split the model's weights, and with them gradients and optimizer state, over the mesh's processes, by FSDP2.
 
-    The pools, nearly all of the weights, are gathered in bf16 where autocast would cast them so. The rest is gathered
-    in fp32, because in bf16 a sigma near 1 has steps of 1/128; so --shard computes what a single process computes. All
-    is gathered once a step, since every layer uses the pool. Gradients are reduced in fp32 after each micro-batch:
-    adding them up unsharded would take 4 bytes for every weight of the model.
+    All is gathered once a step, since every layer uses the pool: the pools in bf16 where autocast would cast them so,
+    the rest in fp32 (in bf16 a sigma near 1 has steps of 1/128), so --shard computes what a single process computes.
+    Gradients are reduced in fp32 after each micro-batch: unsharded they would take 4 bytes for every weight.
     """
     policy = MixedPrecisionPolicy(torch.bfloat16 if has_bf16(device) else None, reduce_dtype=torch.float32)
     for pool in model.pools:
@@ -237,7 +233,7 @@ def shard(model, device, mesh):
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
     @torch.compiler.disable
-    def gather_pools(*_):  # not by FSDP's own hook: that would keep the communication's buffer until the forward's end
+    def gather_pools(*_):  # by hand, since nothing calls a pool's forward
         for pool in model.pools:
             pool.unshard()
 
@@ -292,14 +288,6 @@ def routing_figures(model, usage, scores):
     return figures
 
 
-def status(line):
-    """What the terminal says of a step that was evaluated, from its line of metrics.jsonl."""
-    text = "step {step}: val loss {val_loss:.4f}, train loss {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s"
-    text += ", MFU {mfu:.1%}" if "mfu" in line else ""
-    text += ", pool used {pool_utilisation:.0%}, pairs unserved {unserved:.1%}" if "unserved" in line else ""
-    return text.format(**line)
-
-
 def validation_indices(data, eval_tokens, at_once=1):
     """The numbers of at least one and about eval_tokens' worth of sequences, spread evenly over the split."""
     count = max(1, min(len(data), eval_tokens // data.block_size))
@@ -310,7 +298,7 @@ def validation_indices(data, eval_tokens, at_once=1):
 
 @torch.no_grad()
 def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, device):
-    """Mean cross-entropy in nats a token over at least one and about eval_tokens tokens; each process takes a part."""
+    """Mean cross-entropy in nats per token over validation_indices' sequences, of which each process takes a part."""
     model.eval()
     indices = validation_indices(data, eval_tokens, micro_batch_size * world_size)
     own = indices[rank::world_size]
@@ -435,6 +423,8 @@ def save_checkpoint(out_dir, contents, keep, is_best):
             if (out_dir / kept_name(age - 1)).exists():
                 os.replace(out_dir / kept_name(age - 1), out_dir / kept_name(age))
         os.replace(temporary, path)
+        for age in itertools.takewhile(lambda age: (out_dir / kept_name(age)).exists(), itertools.count(keep)):
+            (out_dir / kept_name(age)).unlink()  # kept by an earlier, higher --keep
     except (OSError, RuntimeError) as error:
         for unfinished in (temporary, temporary_best):
             with contextlib.suppress(OSError):
@@ -568,7 +558,7 @@ def run(argv):
     window_start, window_tokens, warned, stopping = time.perf_counter(), 0, False, False
     while step < settings.max_steps and not stopping:
         # This step's sequences are the same for any number of processes; each process takes a contiguous part.
-        indices = train_data.in_order(position, settings.batch_size, settings.seed)[rank * per_process :][:per_process]
+        indices = train_data.in_order(position + rank * per_process, per_process, settings.seed)
         losses = torch.zeros(2, device=device)  # cross-entropy and balance loss, averaged over the micro-batches
         routing = 0.0  # usage and scores (2, L, M), likewise
         for i in range(accumulation):
@@ -592,14 +582,15 @@ def run(argv):
                 dist.all_reduce(tensor.div_(world_size))
         usage, scores = routing
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf))
-        # A loss or gradient that is not finite skips the step. Fused AdamW does so by itself, told in the way of
-        # torch.amp.GradScaler: the loop need not wait for the GPU to know.
+        # A loss or gradient that is not finite skips the step. Fused AdamW does so by itself, told by found_inf as by
+        # torch.amp.GradScaler: the loop need not wait for the GPU to know. (On mps it does not, so there we wait.)
         bad = ~(losses.sum() + grad_norm).isfinite()
         optimizer.found_inf = bad.float()
         lr = learning_rate(step, settings)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if device.type != "mps" or not bad:
+            optimizer.step()
         optimizer.zero_grad()
         if config.balance == "bias":
             model.update_bias(usage * ~bad)
@@ -615,8 +606,8 @@ def run(argv):
             dist.all_reduce(signals, group=control)
         stopping = signals.item() > 0
         evaluating = step % settings.eval_interval == 0 or step == settings.max_steps
-        is_best = False
-        if evaluating or step % settings.log_interval == 0:
+        logging, is_best = evaluating or step % settings.log_interval == 0, False
+        if logging:
             (train_loss, balance_loss), grad_norm = losses.tolist(), grad_norm.item()  # waits for the GPU
             n_skipped, in_a_row = skipped.tolist()
             stopping = stopping or in_a_row >= MOST_SKIPPED
@@ -642,14 +633,15 @@ def run(argv):
                 add_metrics(metrics_path, line)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
                 if evaluating:
-                    bar.write(status(line))
+                    shown = ", ".join(f"{name} {line[name]:.5g}" for name in SHOWN if name in line)
+                    bar.write(f"step {step}: {shown}")
 
         # ---- What is saved
         if writing and writing.done():
             writing.result()  # raises what went wrong in the thread
         is_last = step == settings.max_steps or stopping
         if (step % settings.ckpt_interval == 0 or is_best or is_last) and skipped[0] < step:
-            # The GPU's memory, or the CPU's while training goes on in it, is copied; the rest is the writer's work.
+            # Here the state is copied to the CPU's memory, or in it while training goes on; the thread does the rest.
             if writing:  # one copy at a time
                 writing.result()
             state = snapshot(model, optimizer, not is_last)
@@ -659,7 +651,7 @@ def run(argv):
             if is_main:
                 writing = writer.submit(save_checkpoint, out_dir, state, settings.keep, is_best)
             del state
-        if evaluating or step % settings.log_interval == 0:
+        if logging:
             window_start, window_tokens = time.perf_counter(), 0
 
     # ---- The end
@@ -668,10 +660,10 @@ def run(argv):
         writing.result()
     n_skipped, in_a_row = skipped.tolist()
     if in_a_row >= MOST_SKIPPED or in_a_row >= step - first_step > 0:
-        end = "nothing is saved: change the model's flags" if n_skipped == step else (
-            f"{out_dir / kept_name(0)} has the weights from before them: --resume with a lower --lr")  # fmt: skip
+        there = f"{out_dir / kept_name(0)} has the weights from before them: --resume with a lower --lr"
+        mend = "nothing is saved: change the model's flags" if n_skipped == step else there
         raise BadInput(f"--lr={settings.lr}: stopped at step {step}, for the last {in_a_row} steps had a loss or "
-                       f"gradient that is not finite and were skipped; {end}")  # fmt: skip
+                       f"gradient that is not finite, and were skipped; {mend}")  # fmt: skip
     if is_main:
         if step < settings.max_steps:
             print(f"stopped by {signal.Signals(stop[0]).name if stop else 'a signal'}; --resume goes on")
