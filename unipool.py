@@ -547,14 +547,13 @@ def one_token_ffn(x, gates, experts, weights):
 
 
 def has_grouped_mm(weight):
-    """Whether F.grouped_mm is fast. Else (fp64, bf16 on a CPU, fp32 on a GPU, odd widths) experts go one by one."""
-    fast_dtype = {"cpu": torch.float32, "cuda": torch.bfloat16}.get(weight.device.type)
-    return weight.dtype == fast_dtype and all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    """Whether F.grouped_mm is fast: in bf16 on a GPU, with rows of whole 16 bytes. Elsewhere experts go one by one."""
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:])
 
 
 def grouped_product(rows, weight, ends):
     """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
-    if has_grouped_mm(weight) and (rows.is_cuda or len(rows) >= len(weight)):  # a CPU's visits all M experts
+    if has_grouped_mm(weight):
         return F.grouped_mm(rows, weight, offs=ends.int())
     out = rows.new_empty(len(rows), weight.size(2))
     for x, y, w in by_expert(ends, rows, out, weight):
@@ -590,31 +589,26 @@ class PoolGradient:
         if self.backward_pass != torch._C._current_graph_task_id():
             self.backward_pass, self.total, self.records = torch._C._current_graph_task_id(), None, []
 
-    def record(self, ends, x, dy):
+    def add(self, ends, x, dy):
         """One layer's x (R, in) and dy (R, out), sorted by expert."""
         self.begin()
-        self.records.append((ends, x, dy))
-        if sum(a.numel() + b.numel() for _, a, b in self.records) > self.capacity * self.weight.numel():
-            self.multiply()
-
-    def multiply(self):
-        product, self.records = sum_of_products(self.records), []
-        self.total = product if self.total is None else self.total.float().add_(product)  # of several, in fp32
-
-    def so_far(self):
-        """The sum in fp32 (fp64 of fp64), to add to in place."""
-        self.begin()
-        if self.total is None:
+        if has_grouped_mm(self.weight):
+            self.records.append((ends, x, dy))
+            if sum(a.numel() + b.numel() for _, a, b in self.records) > self.capacity * self.weight.numel():
+                self.total = self.take().float()  # of several products, the sum in fp32
+            return
+        if self.total is None:  # in fp32, or fp64 of fp64
             self.total = torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
-        return self.total
+        for x_i, dy_i, dw_i in by_expert(ends, x, dy, self.total):
+            dw_i.addmm_(x_i.t().to(dw_i.dtype), dy_i.to(dw_i.dtype))
 
     def take(self):
         """The gradient, complete; None if no layer has taken part in this backward pass."""
         self.begin()
-        if self.records:
-            self.multiply()
-        total, self.total = self.total, None
-        return total
+        total, records, self.total, self.records = self.total, self.records, None, []
+        if not records:
+            return total
+        return sum_of_products(records) if total is None else total.add_(sum_of_products(records))
 
 
 def sum_of_products(records):
@@ -687,19 +681,10 @@ class ExpertFFN(torch.autograd.Function):
         rows, pair_of_row, ends, gate_up, down, hidden = ctx.saved_tensors
         of_gate_up, of_down = ctx.gradients
         dy = dy[pair_of_row]  # (R, C), 0 behind ends[-1]
-        if in_one_product(gate_up) and in_one_product(down):
-            h, d_hidden = with_gradient(ctx.activation, hidden, grouped_product(dy, down.mT, ends))
-            of_gate_up.record(ends, rows, d_hidden)
-            of_down.record(ends, h, dy)
-            dx = grouped_product(d_hidden, gate_up.mT, ends)
-        else:  # expert by expert, so that what lies between the products stays in the cache
-            dx = torch.empty_like(rows)
-            tensors = rows, dy, hidden, dx, gate_up, down, of_gate_up.so_far(), of_down.so_far()
-            for x, dy_i, hidden_i, dx_i, w1, w2, dw1, dw2 in by_expert(ends, *tensors):
-                h, d_hidden = with_gradient(ctx.activation, hidden_i, dy_i @ w2.t())
-                torch.mm(d_hidden, w1.t(), out=dx_i)
-                dw1.addmm_(x.t().to(dw1.dtype), d_hidden.to(dw1.dtype))
-                dw2.addmm_(h.t().to(dw2.dtype), dy_i.to(dw2.dtype))
+        h, d_hidden = with_gradient(ctx.activation, hidden, grouped_product(dy, down.mT, ends))
+        of_gate_up.add(ends, rows, d_hidden)
+        of_down.add(ends, h, dy)
+        dx = grouped_product(d_hidden, gate_up.mT, ends)
         return by_pair(dx, pair_of_row, ends), None, None, None, None, None
 
 
@@ -707,11 +692,6 @@ def by_pair(rows, pair_of_row, ends):
     """The rows back at their pairs' places; 0 for those behind ends[-1], which nothing has written."""
     rows.masked_fill_((torch.arange(len(rows), device=rows.device) >= ends[-1])[:, None], 0)
     return torch.empty_like(rows).index_copy_(0, pair_of_row, rows)
-
-
-def in_one_product(weight):
-    """Whether a weight's gradient is made by one grouped product over all layers, or each layer adds its part."""
-    return weight.is_cuda and has_grouped_mm(weight)
 
 
 def with_gradient(function, x, dy):

@@ -223,12 +223,16 @@ def draw(runs, results, title):
 def main(argv=None):
     parser = ExperimentParser(__doc__, "ablate_SCALE_METHODS")
     parser.add_argument("--methods", nargs="+", default=["main"], help=f"groups, or any of {', '.join(methods(12))}")
+    parser.add_argument("--list", action="store_true", help="print the groups and methods, and train nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
     parser.add_argument("--scale", default="tiny", help="as in train.py (%(default)s)")
     parser.add_argument("--runs", help="folder for the runs (runs/SCALE)")
     parser.add_argument("--jobs", type=at_least(1), default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--nproc_per_node", type=at_least(1), default=1, help="processes of each (%(default)s)")
     args, flags = parser.parse_known_args(argv)
+    if args.list:
+        print("\n".join(f"{name}: {', '.join(group)}" for name, group in (GROUPS | dict(all=methods(12))).items()))
+        return
     if args.jobs > 1 and torch.cuda.is_available():
         raise BadInput(f"--jobs={args.jobs}: on GPUs start several commands, each with its own CUDA_VISIBLE_DEVICES")
     if args.name == parser.get_default("name"):
