@@ -1400,7 +1400,8 @@ def test_what_is_held_out_depends_on_a_documents_text_alone(tmp_path):
         prepared(tmp_path / f"{name}.jsonl", tmp_path / name, val_fraction=0.3)
         held_out[name] = set(documents_of(tmp_path / name, "val"))
     assert held_out["some"] == held_out["all"] & set(DOCUMENTS[::-2])
-    splits = [prepare_pile.tokenize(f"text {i}", get_tokenizer("bytes"), 0.1)[2] for i in range(20_000)]
+    tokenizer = get_tokenizer("bytes")
+    splits = [prepare_pile.tokenize(f"text {i}", tokenizer, 0.1)[2] for i in range(20_000)]
     assert abs(splits.count("val") / 20_000 - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 20_000)
 
 
@@ -2106,8 +2107,15 @@ def test_a_data_file_that_is_lost_ends_the_run(harm, text_data, trained, tmp_pat
     shutil.copytree(text_data, tmp_path / "data")
     shard, out_dir = tmp_path / "data" / "train_000.bin", tmp_path / "out"
     flags = [f"--data_dir={shard.parent}", f"--out_dir={out_dir}", *TINY_RUN, "--max_steps=9", "--ckpt_interval=2"]
+
+    def lose(step):
+        if step == 3:
+            while not (out_dir / "ckpt.pt").exists():  # which a thread writes
+                time.sleep(0.01)
+            harm(shard)
+
     with monkeypatch.context() as patched:
-        at_each_step(patched, lambda step: step == 3 and harm(shard))
+        at_each_step(patched, lose)
         fails(capsys, train.main, flags, shard, "vanished or shrunk")
     shutil.copy(text_data / "train_000.bin", shard)
     resume(out_dir)
