@@ -1465,10 +1465,15 @@ def test_hub_source(tmp_path, monkeypatch):
 
 
 def test_nothing_behind_max_tokens_matters(tmp_path, monkeypatch):
-    """Workers read ahead, but only so far, and what is wrong there does not count: here it is bad and endless."""
-    endless = iter(lambda: BadInput("behind the last"), None)
+    """Workers read ahead, but only so far, and what is wrong there does not count."""
+
+    def read_shard(shard):
+        yield from DOCUMENTS
+        yield from [BadInput("behind the last")] * 1000
+        pytest.fail("read too far ahead")
+
     monkeypatch.setattr(prepare_pile, "find_shards", lambda sources: [__file__])
-    monkeypatch.setattr(prepare_pile, "read_shard", lambda shard: (d for part in (DOCUMENTS, endless) for d in part))
+    monkeypatch.setattr(prepare_pile, "read_shard", read_shard)
     meta = prepared("endless", tmp_path / "data", max_tokens=2000, workers=3)
     assert meta["skipped_documents"] == 0 and meta["train_tokens"] >= 2000
 
