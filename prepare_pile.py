@@ -5,14 +5,13 @@
     python prepare_pile.py --source 'shards/*.jsonl.zst' --out_dir data/mine
     python prepare_pile.py --source notes/ book.txt --tokenizer bytes --out_dir data/notes
 
-The source is a list of parts: a shard of the Pile, a piece of a large file, or a group of small files. Part 12 becomes
+The source is a list of shards: those of the Pile, or files. Their documents, in order, fill parts; part 12 becomes
     train_012.bin    token ids, flat little-endian uint16; every document ends with <|endoftext|>
     val_012.bin      the documents held out, in the same form: those whose text has a small hash, whatever their order
 With the last part, unfinished.json becomes meta.json (tokenizer, counts, source): a folder without it is not data.
 Killed, the same command goes on with the first part that is missing. TokenData reads such a folder back, for training.
 """
 
-import collections
 import contextlib
 import glob
 import hashlib
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from command import BadInput, Parser, run_command
 
-PILE, PILE_TOKENS = "monology/pile-uncopyrighted", 31.5e9  # by GPT-2's tokenizer
+PILE = "monology/pile-uncopyrighted"
 PAPER_TOKENS = 60_000 * 512 * 1024  # what Table 8 trains on: steps * sequences * tokens
 # What depends on the source: where it goes, how it is tokenized, how much is held out, and how much is enough.
 SOURCES = {
@@ -44,10 +43,8 @@ SOURCES = {
     "files": dict(out_dir="data/files", tokenizer="gpt2", val_fraction=0.05, max_tokens=math.inf),
 }
 VOCAB_SIZES = dict(gpt2=50257, bytes=257)  # with <|endoftext|>
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-PART_BYTES = 2**28  # of files in a part: about a minute of a core's work, which is what a kill can cost
+PART_BYTES = 2**27  # of train_012.bin: about a minute of a core's work, which is what a kill can cost
 TEXT_PIECE = 2**20  # plain text is cut at line ends into documents of about so many bytes: memory stays flat
-BATCH_CHARS = 2**18  # text handed to a worker at a time
 
 
 class Taken(BadInput):
@@ -59,7 +56,7 @@ def get_tokenizer(name):
     if name == "bytes":
         ranks, special = {bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens=special)
-    if name != "gpt2":
+    if name not in VOCAB_SIZES:
         raise BadInput(f"tokenizer {name!r} is unknown: choose gpt2 or bytes")
     try:
         return tiktoken.get_encoding("gpt2")
@@ -69,41 +66,25 @@ def get_tokenizer(name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The source and its parts
+# The source: its shards and their documents
 
 
-def find_parts(sources):
-    """The parts of a source: numbers of the Pile's shards, or lists of pieces of files. Raises BadInput."""
-    if len(sources) > 1 and {"pile", "stdlib"} & set(sources):
-        raise BadInput(f"--source {' '.join(sources)}: pile and stdlib stand alone, not beside others")
+def find_shards(sources):
+    """The shards of a source: numbers of the Pile's, or paths of files, each once. Raises BadInput."""
     if sources == ["pile"]:
         with the_pile() as dataset:
             return list(range(dataset.num_shards))
-    paths = standard_library_files() if sources == ["stdlib"] else [p for source in sources for p in expand(source)]
-    pieces = []  # (path, start, stop): bytes of a file; only plain text is cut, at line ends
-    for path in {os.path.realpath(path): path for path in paths}.values():  # each file once
-        try:
-            with open(path, "rb") as file:
-                start, size = 0, file.seek(0, os.SEEK_END)
-                while start + PART_BYTES < size and Path(path).suffix.lower() not in (*COMPRESSION, ".parquet"):
-                    file.seek(start + PART_BYTES)
-                    file.readline()
-                    pieces.append((path, start, file.tell()))
-                    start = file.tell()
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-        pieces.append((path, start, size))
-    return list(groups(pieces, PART_BYTES, size=lambda piece: piece[2] - piece[1]))
-
-
-def expand(source):
-    """The files of a file, a folder (all below it but hidden ones) or a glob pattern: a sorted list of paths."""
-    found = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
-    patterns = [glob.escape(path) + ("/**" if os.path.isdir(path) else "") for path in found]
-    files = {path for pattern in patterns for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)}
-    if not files:
-        raise BadInput(f"--source {source}: no file there: give files, folders, glob patterns, pile or stdlib")
-    return sorted(files)
+    if sources == ["stdlib"]:
+        return standard_library_files()
+    shards = {}
+    for source in sources:
+        found = [source] if os.path.exists(source) else glob.glob(source, recursive=True)
+        below = [path for folder in found for path in glob.glob(f"{glob.escape(folder)}/**", recursive=True)]
+        files = [path for path in sorted(found + below) if os.path.isfile(path)]
+        if not files:
+            raise BadInput(f"--source {source}: no file there: give files, folders, patterns, or pile or stdlib alone")
+        shards |= {os.path.realpath(path): path for path in files}
+    return list(shards.values())
 
 
 def standard_library_files():
@@ -111,19 +92,6 @@ def standard_library_files():
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     return [str(f) for f in sorted(root.rglob("*.py")) if not left_out & set(f.relative_to(root).parts)]
-
-
-def groups(items, enough, size):
-    """Consecutive items in lists, each ended by the item with which their sizes reach `enough`."""
-    group, total = [], 0
-    for item in items:
-        group.append(item)
-        total += size(item)
-        if total >= enough:
-            yield group
-            group, total = [], 0
-    if group:
-        yield group
 
 
 @contextlib.contextmanager
@@ -134,73 +102,70 @@ def the_pile():
     try:
         yield datasets.load_dataset(PILE, split="train", streaming=True)
     except Exception as error:  # each library between here and the hub has its own
-        reason = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{PILE} cannot be read from the hub ({reason}): give local shards by --source") from None
+        raise BadInput(f"{PILE} cannot be read from the hub ({error!r}): give local shards by --source") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading documents
+def read_shards(shards, skip):
+    """The documents of shards, without the first `skip`, and None at each shard's end. A bad one is a BadInput."""
+    for shard in shards:
+        yield from itertools.islice(read_shard(shard), skip, None)
+        yield None
+        skip = 0
 
 
-def read_part(part):
-    """The documents of a part (a shard's number, or pieces of files), in order: strings, or BadInput for a bad one."""
-    if isinstance(part, int):
+def read_shard(shard):
+    if isinstance(shard, int):
         with the_pile() as dataset:
-            for row in dataset.shard(num_shards=dataset.num_shards, index=part):
-                yield (
-                    row["text"]
-                    if isinstance(row["text"], str)
-                    else BadInput(f'{PILE}: a row whose "text" is no string')
-                )
+            for row in dataset.shard(num_shards=dataset.num_shards, index=shard):
+                yield string(row["text"], PILE)
         return
-    for path, start, stop in part:
-        name = path.lower().removesuffix(".gz").removesuffix(".zst")
-        read = read_parquet if name.endswith(".parquet") else read_jsonl if name.endswith(".jsonl") else read_text
-        try:
-            yield from read(path, start, stop)
-        except (OSError, pyarrow.ArrowException, KeyError) as error:
-            yield BadInput(f"{path}: damaged, of a zstd window over 2^27, or without a column of texts ({error})")
+    name = shard.lower().removesuffix(".gz").removesuffix(".zst")
+    read = read_parquet if name.endswith(".parquet") else read_jsonl if name.endswith(".jsonl") else read_text
+    try:
+        yield from read(shard)
+    except (OSError, pyarrow.ArrowException, KeyError) as error:
+        yield BadInput(f"{shard}: unreadable, damaged, of a zstd window over 2^27, or without texts ({error})")
 
 
-def read_lines(path, start, stop):
-    """The lines of a piece, or of a whole compressed file, as bytes: lists of about TEXT_PIECE. Raises OSError."""
-    compression = COMPRESSION.get(Path(path).suffix.lower())
-    if compression and stop == 0:
+def open_bytes(path):
+    """The file, uncompressed. Raises OSError."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
+    if compression and os.path.getsize(path) == 0:
         raise OSError("it is empty")  # which pyarrow would take for an empty text
-    stop = math.inf if compression else stop
-    with io.BufferedReader(pyarrow.input_stream(path, compression=compression), 2**20) as file:
-        if start:
-            file.seek(start)
-        while start < stop and (lines := file.readlines(min(TEXT_PIECE, stop - start))):
-            yield lines
-            start += sum(map(len, lines))
+    return io.BufferedReader(pyarrow.input_stream(path, compression=compression), 2**20)
 
 
-def read_text(path, start, stop):
-    for piece in map(b"".join, read_lines(path, start, stop)):
-        try:
-            yield piece.decode("utf-8")
-        except UnicodeDecodeError as error:
-            yield BadInput(f"{path}: not UTF-8 (byte 0x{piece[error.start]:02x} at offset {start + error.start})")
-        start += len(piece)
+def read_text(path):
+    start = 0
+    with open_bytes(path) as file:
+        while piece := b"".join(file.readlines(TEXT_PIECE)):
+            try:
+                yield piece.decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield BadInput(f"{path}: not UTF-8 (byte 0x{piece[error.start]:02x} at offset {start + error.start})")
+            start += len(piece)
 
 
-def read_jsonl(path, start, stop):
-    for number, line in enumerate(itertools.chain.from_iterable(read_lines(path, start, stop)), start=1):
-        where = f"{path} line {number}" + (f" after byte {start}" if start else "")
-        try:
-            if line.strip():
-                text = json.loads(line)["text"]
-                yield text if isinstance(text, str) else BadInput(f'{where}: "text" is no string')
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            yield BadInput(f'{where}: not JSON in UTF-8 with a "text" ({type(error).__name__}: {error})')
+def read_jsonl(path):
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path} line {number}"
+            try:
+                if line.strip():
+                    yield string(json.loads(line)["text"], where)
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
+                yield BadInput(f'{where}: not JSON in UTF-8 with a "text" ({type(error).__name__}: {error})')
 
 
-def read_parquet(path, start, stop):
+def read_parquet(path):
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024, columns=["text"]):
             for text in batch.column("text").to_pylist():
-                yield text if isinstance(text, str) else BadInput(f'{path}: a {type(text)} in column "text"')
+                yield string(text, path)
+
+
+def string(text, where):
+    return text if isinstance(text, str) else BadInput(f'{where}: "text" is no string but {type(text)}')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,30 +173,28 @@ def read_parquet(path, start, stop):
 
 
 def tokenize(text, tokenizer, val_fraction):
-    """A text -> tokens (uint16) that end with <|endoftext|>, length in bytes, and whether it is held out."""
-    if isinstance(text, BadInput):
+    """A text -> tokens (uint16) that end with <|endoftext|>, length in bytes, and "val" if held out, else "train"."""
+    if not isinstance(text, str):
         return text  # write_part() decides on it, in order
-    try:
-        raw = text.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON's \ud83d can spell but UTF-8 cannot
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        raw = text.encode("utf-8")
+    # Half a surrogate pair, which JSON's \ud83d can spell but UTF-8 cannot, becomes a replacement character.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    raw = text.encode("utf-8")
     # disallowed_special=(): a text that spells "<|endoftext|>" is text like any other
     tokens = np.append(tokenizer.encode_to_numpy(text, disallowed_special=()), tokenizer.eot_token)
-    digest = hashlib.blake2b(raw, digest_size=8).digest()
-    return tokens.astype("<u2"), len(raw), int.from_bytes(digest, "big") < val_fraction * 2**64
+    number = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
+    return tokens.astype("<u2"), len(raw), "val" if number < val_fraction * 2**64 else "train"
 
 
 def tokenize_ahead(documents, tokenizer, val_fraction, workers):
     """What tokenize() makes of documents, in order, by threads that work ahead, but not so far that memory grows."""
     with ThreadPoolExecutor(workers) as executor:  # tiktoken has most of the work, and needs no interpreter lock
-        pending = collections.deque()
-        for texts in groups(documents, BATCH_CHARS, size=lambda text: len(str(text))):
-            pending.append(executor.submit(lambda texts: [tokenize(t, tokenizer, val_fraction) for t in texts], texts))
-            if len(pending) >= 2 * workers:
-                yield from pending.popleft().result()
+        pending = []
+        for document in documents:
+            pending.append(executor.submit(tokenize, document, tokenizer, val_fraction))
+            if len(pending) >= 16 * workers:
+                yield pending.pop(0).result()
         while pending:
-            yield from pending.popleft().result()
+            yield pending.pop(0).result()
 
 
 @contextlib.contextmanager
@@ -244,74 +207,72 @@ def new_file(path):
     os.replace(f"{path}.tmp", path)
 
 
-def write_part(folder, part, meta, max_tokens, skip_bad, workers, bar):
-    """Tokenize the part after those that meta counts, up to the document that reaches max_tokens; add it to meta."""
+def write_part(folder, documents, meta, max_tokens, skip_bad, bar):
+    """Write a part: documents until it has PART_BYTES, they end, or max_tokens are reached; count them in meta."""
     name = f"{meta['parts']:03d}.bin"
-    documents = tokenize_ahead(read_part(part), get_tokenizer(meta["tokenizer"]), meta["val_fraction"], workers)
     with new_file(folder / f"train_{name}") as train, new_file(folder / f"val_{name}") as val:
         for document in documents:
+            if document is None:
+                meta["shards"], meta["shard_documents"] = meta["shards"] + 1, 0
+                continue
+            meta["shard_documents"] += 1
             if isinstance(document, BadInput):
                 if not skip_bad:
                     raise BadInput(f"{document}; mend it, or go on without it by --skip_bad")
                 meta["skipped_documents"] += 1
                 continue
-            tokens, n_bytes, held_out = document
-            split, file = ("val", val) if held_out else ("train", train)
-            file.write(tokens)
+            tokens, n_bytes, split = document
+            (val if split == "val" else train).write(tokens)
             meta[f"{split}_tokens"] += len(tokens)
             meta[f"{split}_documents"] += 1
-            if meta["train_tokens"] >= max_tokens:
-                break
             bar.update(n_bytes)
+            if train.tell() >= PART_BYTES or meta["train_tokens"] >= max_tokens:
+                break
     meta["parts"] += 1
 
 
-def write_folder(folder, parts, at_least, meta, max_tokens, skip_bad, workers, bar):
-    """Write the parts that are not there yet, and then meta.json; return it. Until then it is unfinished.json."""
-    unfinished, job = folder / "unfinished.json", meta["job"]
-    there = {path.name for path in folder.iterdir()} - {"unfinished.json.tmp"} if folder.is_dir() else set()
+def write_folder(folder, shards, at_least, meta, max_tokens, skip_bad, workers, bar):
+    """Write the parts that are not there yet, counted in meta, and then meta.json. Until then it is unfinished.json."""
+    unfinished = folder / "unfinished.json"
+    there = {path.name: path.stat().st_size for path in folder.glob("*") if path.name != "unfinished.json.tmp"}
     if there and unfinished.name not in there:
         error = Taken if "meta.json" in there else BadInput
         raise error(f"--out_dir={folder} exists already: delete it, or give another")
-    disk, done = folder if folder.exists() else folder.parent, sum(p.stat().st_size for p in folder.glob("*.bin"))
-    free = shutil.disk_usage(disk).free + done
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free + sum(there.values())
     if 2 * at_least > free:
         sizes = f"about {2 * at_least / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB free there"
         raise BadInput(f"--out_dir={folder}: {sizes}: make room, give another, or a lower --max_tokens")
-    if unfinished.exists():
-        meta = json.loads(unfinished.read_text())
-        bar.write(f"{folder}: {meta['parts']} of {len(parts)} parts are there, going on")
-        if meta["job"] != job:
+    if there:
+        begun = json.loads(unfinished.read_text())
+        if begun["job"] != meta["job"]:
             raise BadInput(f"{folder} holds parts made by other flags or of other files: give those, or delete it")
+        bar.write(f"{folder}: {begun['parts']} part(s) are there, going on")
+        meta.update(begun)
     folder.mkdir(exist_ok=True)
+    documents = read_shards(shards[meta["shards"] :], meta["shard_documents"])
+    documents = tokenize_ahead(documents, get_tokenizer(meta["tokenizer"]), meta["val_fraction"], workers)
     try:
         while True:
             with new_file(unfinished) as file:
                 file.write(json.dumps(meta, indent=2).encode() + b"\n")
-            if meta["parts"] == len(parts) or meta["train_tokens"] >= max_tokens:
+            if meta["shards"] == len(shards) or meta["train_tokens"] >= max_tokens:
                 break
-            write_part(folder, parts[meta["parts"]], meta, max_tokens, skip_bad, workers, bar)
-        n_train, n_val, n_bad = (meta[f"{name}_documents"] for name in ("train", "val", "skipped"))
-        if n_train == 0 or n_val == 0:
+            write_part(folder, documents, meta, max_tokens, skip_bad, bar)
+        if meta["train_documents"] == 0 or meta["val_documents"] == 0:
             meta["parts"] = 0  # they are of no use
+            found = "{train_documents} documents to train and {val_documents} to validate by ({skipped_documents} bad)"
             mend = "give another, or more documents (`split -C 4k FILE` makes many of one)"
-            raise BadInput(f"--val_fraction={meta['val_fraction']} gives {n_train} documents to train and {n_val} to "
-                           f"validate by ({n_bad} are skipped as bad), where each needs one: {mend}")  # fmt: skip
+            raise BadInput(f"--val_fraction={meta['val_fraction']} gives {found.format(**meta)}: {mend}")
     finally:
         if meta["parts"] == 0:  # nothing to go on from
             shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder / "meta.json")
-    return meta
 
 
 def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens=None, workers=None, skip_bad=False,
             quiet=False):  # fmt: skip
-    """Tokenize `sources` (a list, as --source has it) into the folder out_dir and return its meta.json as a dict.
-
-    What is None takes SOURCES' value for this kind of source, `workers` the number of cores. Raises BadInput; then
-    out_dir holds the finished parts and unfinished.json, or is not there.
-    """
-    kind = sources[0] if sources[0] in SOURCES else "files"
+    """Tokenize `sources` (a list) into the folder out_dir; return its meta.json. What is None takes SOURCES' value."""
+    kind = sources[0] if len(sources) == 1 and sources[0] in SOURCES else "files"
     given = dict(out_dir=out_dir, tokenizer=tokenizer, val_fraction=val_fraction, max_tokens=max_tokens)
     flags = SOURCES[kind] | {name: value for name, value in given.items() if value is not None}
     out_dir, tokenizer, val_fraction, max_tokens = flags.values()
@@ -320,19 +281,21 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
         raise BadInput(f"--val_fraction={val_fraction} must lie between 0 and 1, both excluded")
     if max_tokens < 1 or workers < 1:
         raise BadInput(f"--max_tokens={max_tokens} and --workers={workers} must be at least 1")
-    get_tokenizer(tokenizer)  # what is wrong with it is said before anything is written
-    parts = find_parts(sources)
-    at_least = PILE_TOKENS if kind == "pile" else sum(stop - start for part in parts for _, start, stop in part) / 4.5
-    job = json.dumps([parts, tokenizer, val_fraction, max_tokens])  # all that decides on the bytes
-    meta = dict(source=PILE if kind == "pile" else sources, tokenizer=tokenizer, vocab_size=VOCAB_SIZES[tokenizer],
-                dtype="uint16", val_fraction=val_fraction, job=hashlib.sha256(job.encode()).hexdigest(), parts=0,
+    vocab_size = get_tokenizer(tokenizer).n_vocab  # what is wrong with it is said before anything is written
+    shards = find_shards(sources)
+    sizes = [4.5 * PAPER_TOKENS] if kind == "pile" else [os.path.getsize(path) for path in shards]
+    at_least = min(max_tokens, sum(sizes) / 4.5)  # gpt2 has the longest tokens, of about 4.5 bytes
+    decisive = json.dumps([shards, sizes, tokenizer, val_fraction, max_tokens])  # for the bytes that are written
+    meta = dict(source=PILE if kind == "pile" else sources, tokenizer=tokenizer, vocab_size=vocab_size, dtype="uint16",
+                val_fraction=val_fraction, job=hashlib.sha256(decisive.encode()).hexdigest(), parts=0,
+                shards=0, shard_documents=0,  # that are done, and of the next one so many documents
                 train_tokens=0, val_tokens=0, train_documents=0, val_documents=0, skipped_documents=0)  # fmt: skip
+    skip_bad = skip_bad or kind == "stdlib"  # what this machine's Python holds is no fault of the user
     bar = tqdm(desc=str(folder), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1)
     try:
         with filelock.FileLock(f"{folder}.lock", timeout=0) as lock, bar:  # this makes the folder above, too
             try:
-                skip_bad = skip_bad or kind == "stdlib"  # what this machine's Python holds is no fault of the user
-                meta = write_folder(folder, parts, min(max_tokens, at_least), meta, max_tokens, skip_bad, workers, bar)
+                write_folder(folder, shards, at_least, meta, max_tokens, skip_bad, workers, bar)
             finally:
                 with contextlib.suppress(OSError):  # Windows does so by itself, later
                     os.unlink(lock.lock_file)
@@ -362,8 +325,8 @@ def read_meta(data_dir, vocab_size):
         reason = f"{path} is missing or damaged ({type(error).__name__}: {error})"
         raise BadInput(f"--data_dir={data_dir}: {reason}: correct it, or make it by prepare_pile.py") from None
     if n_vocab > vocab_size:
-        raise BadInput(f"{path}: tokenizer {tokenizer} has {n_vocab} tokens, the model only --vocab_size={vocab_size}: "
-                       f"give --vocab_size={math.ceil(n_vocab / 64) * 64}, or other data")  # fmt: skip
+        enough = math.ceil(n_vocab / 64) * 64
+        raise BadInput(f"{path}: {n_vocab} tokens, but --vocab_size={vocab_size}: give {enough}, or other data")
     return meta
 
 
@@ -388,12 +351,12 @@ def permute(i, n, seed, epoch):
 
 
 class TokenData:
-    """One split of a folder made by prepare_pile.py, as sequences of block_size + 1 tokens in memory-mapped files.
+    """One split of a data folder, as sequences of block_size + 1 tokens in memory-mapped files.
 
     Raises BadInput that names the file if one is missing, cut short, or holds token ids outside the vocabulary.
     """
 
-    CHECKED = 2**24  # tokens that are looked at when the split is opened; the others are when they are read
+    CHECKED = 1000  # sequences that are looked at when the split is opened; the others are when they are read
 
     def __init__(self, data_dir, split, meta, block_size, vocab_size):
         self.block_size, self.vocab_size = block_size, vocab_size
@@ -401,67 +364,54 @@ class TokenData:
         sizes, n_tokens = [path.stat().st_size for path in self.paths], meta[f"{split}_tokens"]
         first = [*self.paths, Path(data_dir) / f"{split}_000.bin"][0]
         if sum(sizes) != 2 * n_tokens:
-            raise BadInput(f"{first}: all {split} files have {sum(sizes)} bytes, where meta.json has {n_tokens} tokens "
-                           "of 2: one is missing, cut short or left over, copy the folder again")  # fmt: skip
+            raise BadInput(f"{first}: {split} files have {sum(sizes)} bytes, not {2 * n_tokens}: copy the folder again")
         # Sequence s of a file is its tokens s * block_size ... (s + 1) * block_size: the last one is only a target.
         self.first_sequence = np.cumsum([0] + [max(0, size // 2 - 1) // block_size for size in sizes])
         if len(self) == 0:
-            raise BadInput(f"{first}: {n_tokens} tokens are not one sequence of --block_size={block_size} and its "
-                           "target: lower --block_size or prepare more text")  # fmt: skip
-        unchecked = self.CHECKED
-        for file, size in enumerate(sizes):
-            if count := min(size // 2, unchecked):
-                self.read(file, 0, count)
-                unchecked -= count
+            raise BadInput(f"{first}: {n_tokens} tokens are no sequence of --block_size={block_size}: lower it")
+        self.sequences(range(min(len(self), self.CHECKED)))
 
     def __len__(self):
         return int(self.first_sequence[-1])
 
-    def read(self, file, start, count):
-        """Tokens start ... start + count - 1 of a file, checked."""
+    def sequence(self, number):
+        """The tokens of one sequence and the next one, checked."""
         # Mapped anew each time: a map that stays would count every page it ever touched as this process's memory, and
         # end the process without a word where its file has shrunk.
-        path = self.paths[file]
+        file = np.searchsorted(self.first_sequence, number, side="right") - 1
+        path, start = self.paths[file], (number - self.first_sequence[file]) * self.block_size
         try:
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=2 * start, shape=(count,))
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=2 * start, shape=(self.block_size + 1,))
         except (OSError, ValueError) as error:
             raise BadInput(f"{path} has vanished or shrunk ({error}): put it back as it was") from None
         if tokens.max() >= self.vocab_size:
-            raise BadInput(f"{path} holds token id {tokens.max()}, but --vocab_size={self.vocab_size}: it is damaged, "
-                           "or made by another tokenizer; give its own --vocab_size or prepare it again")  # fmt: skip
+            what = f"token {tokens.max()}, but --vocab_size={self.vocab_size}"
+            raise BadInput(f"{path} holds {what}: it is damaged, or of another tokenizer: prepare it again")
         return tokens
 
-    def sequences(self, indices):
-        """The sequences numbered `indices`, each with its next token: a (len(indices), block_size + 1) int64 array."""
-        files = np.searchsorted(self.first_sequence, indices, side="right") - 1
-        starts = (np.asarray(indices) - self.first_sequence[files]) * self.block_size
-        return np.stack([self.read(f, s, self.block_size + 1) for f, s in zip(files, starts)]).astype(np.int64)
+    def sequences(self, numbers):
+        """The sequences of these numbers, each with its next token: a (len(numbers), block_size + 1) int64 array."""
+        return np.stack([self.sequence(number) for number in numbers]).astype(np.int64)
 
     def in_order(self, first, count, seed):
         """The numbers of `count` training sequences from position `first` on: a new order for each epoch."""
-        positions = np.arange(first, first + count)
-        epochs = positions // len(self)
-        parts = [permute(positions[epochs == e] % len(self), len(self), seed, int(e)) for e in np.unique(epochs)]
-        return np.concatenate(parts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
+        epochs, places = np.divmod(np.arange(first, first + count), len(self))
+        orders = [permute(places[epochs == epoch], len(self), seed, int(epoch)) for epoch in np.unique(epochs)]
+        return np.concatenate(orders)
 
 
 def main(argv=None):
     parser = Parser(__doc__)
     flag, usual = parser.add_argument, SOURCES["files"]
-    flag("--source", nargs="+", default=["pile"], metavar="S", help="pile, stdlib, or files, folders, quoted patterns: "
-         '.jsonl and .parquet (with a "text" column) or plain text, also .gz and .zst')  # fmt: skip
+    flag("--source", nargs="+", default=["pile"], dest="sources", metavar="S", help="pile, stdlib, or files, folders, "
+         'quoted patterns: .jsonl and .parquet (with a "text" column) or plain text, also .gz and .zst')  # fmt: skip
     flag("--out_dir", help="folder to make (data/pile, data/stdlib or data/files)")
     flag("--tokenizer", choices=list(VOCAB_SIZES), help="(gpt2; bytes for stdlib)")
     flag("--val_fraction", type=float, help=f"share of documents held out ({usual['val_fraction']}; less for the Pile)")
     flag("--max_tokens", type=int, help=f"training tokens to stop at ({PAPER_TOKENS} for the Pile)")
     flag("--workers", type=int, help="threads that tokenize (all cores)")
     flag("--skip_bad", action="store_true", help="leave out and count bad lines and files")
-    args = vars(parser.parse_args(argv))
-    prepare(args.pop("source"), **args)
+    prepare(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
