@@ -291,16 +291,13 @@ def loop_over_tokens(pool, x, gates, experts, activation=F.silu):
     return torch.stack([sum(g * expert(x_n, i) for g, i in zip(*pairs)) for x_n, *pairs in zip(x, gates, experts)])
 
 
-@pytest.fixture(params=["expert by expert", "grouped", "in one product", "in one product, in chunks"])
+@pytest.fixture(params=["expert by expert", "in one product", "in one product, in chunks"])
 def way(request, monkeypatch):
-    """How products and the gradient of a weight are made. For fp64, which new tensors have then, torch has no grouped
-    product. For fp32 even a CPU has one: in the forward pass alone, or as on a GPU for the gradient of all layers too,
-    with room for the records of all layers or hardly for one."""
-    monkeypatch.setattr(unipool, "in_one_product", lambda weight: "in one product" in request.param)
+    """How products and the gradient of a weight are made: expert by expert, or as on a GPU by grouped products, which
+    torch has for fp32 on a CPU too; then with room for the records of all layers, or hardly for one."""
+    monkeypatch.setattr(unipool, "has_grouped_mm", lambda weight: "in one product" in request.param)
     monkeypatch.setattr(PoolGradient, "capacity", 0.02 if "chunks" in request.param else 1000)
-    torch.set_default_dtype(torch.float64 if request.param == "expert by expert" else torch.float32)
-    yield request.param
-    torch.set_default_dtype(torch.float32)
+    return request.param
 
 
 @pytest.fixture
@@ -1443,7 +1440,7 @@ def test_switches_of_speed_change_no_result(flag, heard, text_data, trained, tmp
 
 def test_compiled_model_gives_the_same_losses(text_data, trained, tmp_path, capsys):
     _, compiled = run_train(text_data, tmp_path, "--max_steps=2", "--compile")
-    assert re.search(r"first step: \d+ s, with torch.compile's work", capsys.readouterr().out)
+    assert ", compiled\n" in capsys.readouterr().out
     for a, b in zip(compiled, read_metrics(trained)):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
 

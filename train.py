@@ -140,7 +140,7 @@ def split_batch(settings, config, world_size):
     size = settings.micro_batch_size or 1
     if settings.batch_size % (world_size * size):
         raise BadInput(f"--batch_size={settings.batch_size} must be a multiple of {world_size * size}: {world_size} "
-                       f"process(es) x micro-batches of {size}")  # fmt: skip
+                       f"process(es) x --micro_batch_size={size}")  # fmt: skip
     per_process = settings.batch_size // world_size
     if settings.micro_batch_size is None:  # the largest of at most LARGEST_MICRO_BATCH tokens that divides
         most = max(1, LARGEST_MICRO_BATCH // config.block_size)
