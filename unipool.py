@@ -313,10 +313,7 @@ def layer_balance_loss(f, P):
 
 
 def pool_balance_loss(f, P):
-    """Eq. 5 (= Eq. 6): the layers TOGETHER are to spread their tokens evenly, so that each may specialise.
-
-    (L, M), (L, M) -> ().
-    """
+    """Eq. 5 (= Eq. 6): the layers TOGETHER spread their tokens evenly; each may specialise. (L, M), (L, M) -> ()."""
     f_bar, P_bar = f.detach().mean(dim=0), P.mean(dim=0)  # (M,) each, Eq. 4
     return f.size(1) * (f_bar * P_bar).sum()  # Eq. 5
 
@@ -383,8 +380,8 @@ class UniPool(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.one_pass = True  # how, not what, is computed: the pools' gradients by PoolGradient, or by autograd
-        self.recompute = False  # likewise: keep no activations inside the blocks, compute them again going backward
+        self.one_pass = True  # the pools' gradients by PoolGradient; False leaves them to autograd
+        self.recompute = False  # keep no activations inside the blocks, compute them again going backward
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         shape = config.experts_per_pool, config.n_embd, config.n_hidden
         self.pools = nn.ModuleList(ExpertPool(*shape) for _ in range(config.n_pool if config.n_expert else 0))
@@ -404,9 +401,9 @@ class UniPool(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def trunk(self, idx, caches=None):
-        """Everything but the head. idx: (B, T) int64; caches: one list per layer; once filled, T must be 1.
+        """Everything but the head. idx: (B, T) int64 -> x (B, T, C) after the final norm, f (L, M) and P (L, M).
 
-        Returns x (B, T, C) after the final norm, f (L, M) and P (L, M).
+        caches: a list per layer, empty at the first call; after it idx must hold one new token.
         """
         start = caches[0][0].size(2) if caches and caches[0] else 0
         end = start + idx.size(1)
@@ -460,10 +457,7 @@ class UniPool(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, usage):
-        """For balance="bias", after each optimizer step: move each router's bias towards an even load (2408.15664).
-
-        usage: (L, M), the f of each layer over the whole batch. Each router looks at its own layer's load.
-        """
+        """For balance="bias", after each step: move each bias towards an even load of its layer. usage: f (L, M)."""
         for block, f in zip(self.blocks if self.pools else [], usage):
             block.router.bias += self.config.bias_rate * torch.sign(f.mean() - f)
 
@@ -481,11 +475,10 @@ class UniPool(nn.Module):
         served: the share of (token, choice) pairs that an expert serves; the others multiply nothing.
         """
         c = self.config
-        not_multiplied = self.embedding.weight.numel() + sum(p.numel() for p in self.parameters() if p.dim() <= 1)
-        not_multiplied += (
-            (1 - served) * c.n_layer * c.top_k * 3 * c.n_embd * c.n_hidden
-        )  # an expert has 3 * C * H weights
-        return 6 * (self.num_params(active=True) - not_multiplied) + 12 * c.n_layer * c.block_size * c.n_embd
+        unserved = (1 - served) * c.n_layer * c.top_k * 3 * c.n_embd * c.n_hidden  # an expert has 3 * C * H weights
+        vectors = sum(p.numel() for p in self.parameters() if p.dim() <= 1)
+        multiplied = self.num_params(active=True) - self.embedding.weight.numel() - vectors - unserved
+        return 6 * multiplied + 12 * c.n_layer * c.block_size * c.n_embd
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
@@ -535,7 +528,7 @@ def product_dtype(weight):
 
 
 def one_token_ffn(x, gates, experts, weights):
-    """pool_ffn for one token without a gradient, as in decoding: only the weights of the experts that serve it."""
+    """pool_ffn for one token without a gradient, as in decoding: without sorting, and by the experts that serve it."""
     gate_up, down = weights
     x, f = x.to(down.dtype), gates.new_zeros(len(down))
     y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, gates.dtype))
@@ -562,7 +555,7 @@ def grouped_product(rows, weight, ends):
 
 
 def by_expert(ends, *tensors):
-    """For each expert that has rows: its part of every tensor, which has M weights or, if 2-D, R rows."""
+    """Yields for each expert that has rows its part of every tensor: of a 3-D one (M, in, out), or of R rows."""
     start = 0
     for i, end in enumerate(ends.tolist()):
         if end > start:
@@ -614,16 +607,16 @@ class PoolGradient:
 def sum_of_products(records):
     """X_i^T dY_i for every expert i: (M, in, out). records: (ends (M,), x (R, in), dy (R, out)) of each layer."""
     ends, xs, dys = zip(*records)
-    x, dy, ends_of_all = xs[0], dys[0], sum(ends)
+    x_all, dy_all, ends_of_all = xs[0], dys[0], sum(ends)
     if len(records) > 1:
-        experts = [torch.searchsorted(e, torch.arange(len(a), device=a.device), right=True) for e, a in zip(ends, xs)]
+        experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
         # places[r]: where row r, of all layers' rows laid end to end, stands once they are sorted by expert together;
         # the inverse of the permutation that sorts them.
         places = torch.cat(experts).argsort(stable=True).argsort()
-        x, dy = (tensors[0].new_empty(len(places), tensors[0].size(1)) for tensors in (xs, dys))
-        for place, x_l, dy_l in zip(places.split([len(x_l) for x_l in xs]), xs, dys):
-            x[place], dy[place] = x_l, dy_l
-    product = F.grouped_mm(x.t(), dy, offs=ends_of_all.int())
+        x_all, dy_all = (tensors[0].new_empty(len(places), tensors[0].size(1)) for tensors in (xs, dys))
+        for place, x, dy in zip(places.split([len(x) for x in xs]), xs, dys):
+            x_all[place], dy_all[place] = x, dy
+    product = F.grouped_mm(x_all.t(), dy_all, offs=ends_of_all.int())
     without_rows = ends_of_all.diff(prepend=ends_of_all.new_zeros(1)) == 0
     return product.masked_fill_(without_rows[:, None, None], 0)  # some GPUs leave garbage there (pytorch issue 172439)
 
@@ -649,11 +642,8 @@ class HandOut(torch.autograd.Function):
 
 @torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
 def expert_ffn(pairs, pair_of_row, ends, weights, fuse):
-    """e_i(x) of each pair, of its expert i; 0 for the pairs behind ends[-1]. pairs: (R, C), weights: as in pool_ffn.
-
-    fuse: compile what lies between the products, by itself.
-    """
-    # What is not handed out to all layers is so to this one alone: then autograd adds up what the layers return.
+    """e_i(x) of each pair x (R, C), of its expert i; 0 for the pairs behind ends[-1]. fuse: compile the activation."""
+    # A weight that was not handed out to all layers is so to this one: autograd then adds up what the layers return.
     weights = [w if isinstance(w.grad_fn, HandOut._backward_cls) else HandOut.apply(w, w.detach()) for w in weights]
     return ExpertFFN.apply(pairs, pair_of_row, ends, *weights, compiled(swiglu) if fuse else swiglu)
 
@@ -662,7 +652,7 @@ compiled = functools.cache(torch.compile)
 
 
 class ExpertFFN(torch.autograd.Function):
-    """Of activations it keeps rows and hidden; what lies between the products is computed again, going backward."""
+    """Keeps rows and hidden for the backward pass, where the activation is computed again."""
 
     @staticmethod
     def forward(ctx, pairs, pair_of_row, ends, gate_up, down, activation):
