@@ -22,15 +22,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main, silent=lambda: False):
-    """Run main(); bad input ends in one line on standard error (unless silent()) and status 2, Ctrl-C in status 130."""
+    """Run main(). What the user can mend, files that fail included, ends in one line on standard error (unless silent)
+    and status 2, Ctrl-C in status 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
         main()
-    except BadInput as error:
+    except BrokenPipeError:  # `python sample.py | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BadInput, OSError) as error:
         message = " ".join(str(error).split())  # one line, whatever a library put into it
         if not silent():
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `python sample.py | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

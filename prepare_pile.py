@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -36,15 +37,15 @@ from command import BadInput, Parser, run_command
 
 PILE = "monology/pile-uncopyrighted"
 PAPER_TOKENS = 60_000 * 512 * 1024  # what Table 8 trains on: steps * sequences * tokens
-# What depends on the source: where it goes, how it is tokenized, how much is held out, and how much is enough.
+# What depends on the source: where it goes, how it is tokenized, how much is held out, and how much is enough. Plain
+# text is cut at line ends into documents of about `piece` characters: one file can be split, and memory stays flat.
 SOURCES = {
-    "pile": dict(out_dir="data/pile", tokenizer="gpt2", val_fraction=0.001, max_tokens=PAPER_TOKENS),
-    "stdlib": dict(out_dir="data/stdlib", tokenizer="bytes", val_fraction=0.05, max_tokens=math.inf),
-    "files": dict(out_dir="data/files", tokenizer="gpt2", val_fraction=0.05, max_tokens=math.inf),
+    "pile": dict(out_dir="data/pile", tokenizer="gpt2", val_fraction=0.001, max_tokens=PAPER_TOKENS, piece=2**12),
+    "stdlib": dict(out_dir="data/stdlib", tokenizer="bytes", val_fraction=0.05, max_tokens=math.inf, piece=2**20),
+    "files": dict(out_dir="data/files", tokenizer="gpt2", val_fraction=0.05, max_tokens=math.inf, piece=2**12),
 }
 VOCAB_SIZES = dict(gpt2=50257, bytes=257)  # with <|endoftext|>
 PART_BYTES = 2**27  # of train_012.bin: about a minute of a core's work, which is what a kill can cost
-TEXT_PIECE = 2**20  # plain text is cut at line ends into documents of about so many bytes: memory stays flat
 
 
 class Taken(BadInput):
@@ -105,24 +106,24 @@ def the_pile():
         raise BadInput(f"{PILE} cannot be read from the hub ({error!r}): give local shards by --source") from None
 
 
-def read_shards(shards, skip):
+def read_shards(shards, skip, piece):
     """The documents of shards, without the first `skip`, and None at each shard's end. A bad one is a BadInput."""
     for shard in shards:
-        yield from itertools.islice(read_shard(shard), skip, None)
+        yield from itertools.islice(read_shard(shard, piece), skip, None)
         yield None
         skip = 0
 
 
-def read_shard(shard):
+def read_shard(shard, piece):
     if isinstance(shard, int):
         with the_pile() as dataset:
             for row in dataset.shard(num_shards=dataset.num_shards, index=shard):
                 yield string(row["text"], PILE)
         return
     name = shard.lower().removesuffix(".gz").removesuffix(".zst")
-    read = read_parquet if name.endswith(".parquet") else read_jsonl if name.endswith(".jsonl") else read_text
+    parquet, jsonl = name.endswith(".parquet"), name.endswith(".jsonl")
     try:
-        yield from read(shard)
+        yield from read_parquet(shard) if parquet else read_jsonl(shard) if jsonl else read_text(shard, piece)
     except (OSError, pyarrow.ArrowException, KeyError) as error:
         yield BadInput(f"{shard}: unreadable, damaged, of a zstd window over 2^27, or without texts ({error})")
 
@@ -135,15 +136,14 @@ def open_bytes(path):
     return io.BufferedReader(pyarrow.input_stream(path, compression=compression), 2**20)
 
 
-def read_text(path):
-    start = 0
-    with open_bytes(path) as file:
-        while piece := b"".join(file.readlines(TEXT_PIECE)):
-            try:
-                yield piece.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield BadInput(f"{path}: not UTF-8 (byte 0x{piece[error.start]:02x} at offset {start + error.start})")
-            start += len(piece)
+def read_text(path, piece):
+    with io.TextIOWrapper(open_bytes(path), "utf-8-sig", "surrogateescape", newline="") as file:
+        start = 0
+        while text := file.read(piece) + file.readline(piece):  # to the line's end, if that is near
+            bad = re.search("[\udc80-\udcff]", text)  # so a byte that is not UTF-8 has been read
+            where = f"byte 0x{ord(bad[0]) - 0xDC00:02x} after {start + bad.start():,} characters" if bad else ""
+            yield BadInput(f"{path}: not UTF-8 ({where})") if bad else text
+            start += len(text)
 
 
 def read_jsonl(path):
@@ -249,7 +249,7 @@ def write_folder(folder, shards, at_least, meta, max_tokens, skip_bad, workers, 
         bar.write(f"{folder}: {begun['parts']} part(s) are there, going on")
         meta.update(begun)
     folder.mkdir(exist_ok=True)
-    documents = read_shards(shards[meta["shards"] :], meta["shard_documents"])
+    documents = read_shards(shards[meta["shards"] :], meta["shard_documents"], meta["piece"])
     documents = tokenize_ahead(documents, get_tokenizer(meta["tokenizer"]), meta["val_fraction"], workers)
     try:
         while True:
@@ -261,7 +261,7 @@ def write_folder(folder, shards, at_least, meta, max_tokens, skip_bad, workers, 
         if meta["train_documents"] == 0 or meta["val_documents"] == 0:
             meta["parts"] = 0  # they are of no use
             found = "{train_documents} documents to train and {val_documents} to validate by ({skipped_documents} bad)"
-            mend = "give another, or more documents (`split -C 4k FILE` makes many of one)"
+            mend = "give another, or more documents"
             raise BadInput(f"--val_fraction={meta['val_fraction']} gives {found.format(**meta)}: {mend}")
     finally:
         if meta["parts"] == 0:  # nothing to go on from
@@ -275,7 +275,7 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     kind = sources[0] if len(sources) == 1 and sources[0] in SOURCES else "files"
     given = dict(out_dir=out_dir, tokenizer=tokenizer, val_fraction=val_fraction, max_tokens=max_tokens)
     flags = SOURCES[kind] | {name: value for name, value in given.items() if value is not None}
-    out_dir, tokenizer, val_fraction, max_tokens = flags.values()
+    out_dir, tokenizer, val_fraction, max_tokens, piece = flags.values()
     folder, workers = Path(out_dir), (os.cpu_count() or 1) if workers is None else workers
     if not 0 < val_fraction < 1:
         raise BadInput(f"--val_fraction={val_fraction} must lie between 0 and 1, both excluded")
@@ -285,9 +285,9 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     shards = find_shards(sources)
     sizes = [4.5 * PAPER_TOKENS] if kind == "pile" else [os.path.getsize(path) for path in shards]
     at_least = min(max_tokens, sum(sizes) / 4.5)  # gpt2 has the longest tokens, of about 4.5 bytes
-    decisive = json.dumps([shards, sizes, tokenizer, val_fraction, max_tokens])  # for the bytes that are written
+    decisive = json.dumps([shards, sizes, tokenizer, val_fraction, max_tokens, piece])  # for the bytes that are written
     meta = dict(source=PILE if kind == "pile" else sources, tokenizer=tokenizer, vocab_size=vocab_size, dtype="uint16",
-                val_fraction=val_fraction, job=hashlib.sha256(decisive.encode()).hexdigest(), parts=0,
+                val_fraction=val_fraction, piece=piece, job=hashlib.sha256(decisive.encode()).hexdigest(), parts=0,
                 shards=0, shard_documents=0,  # that are done, and of the next one so many documents
                 train_tokens=0, val_tokens=0, train_documents=0, val_documents=0, skipped_documents=0)  # fmt: skip
     skip_bad = skip_bad or kind == "stdlib"  # what this machine's Python holds is no fault of the user

@@ -40,10 +40,10 @@ import sample
 import train
 import unipool
 from command import BadInput, run_command
-from experiments import ablate, bench, compare, evaluate, probe
+from experiments import ablate, bench, compare, evaluate, export, probe
 from experiments import balance as study
 from experiments.fake_gpu import WHY_NOT
-from prepare_pile import get_tokenizer, prepare
+from prepare_pile import SOURCES, get_tokenizer, prepare
 from unipool import ARCHS, ROUTERS, ExpertPool, NormRouter, PoolGradient, UniPool, UniPoolConfig
 
 HERE = Path(__file__).parent
@@ -816,7 +816,7 @@ def test_sampling_follows_temperature_top_k_and_vocabulary():
     assert off < 5 * math.sqrt(0.25 / 4000), "frequencies must follow the softmax"
     best = set(logits.topk(3).indices.tolist())
     assert set(model.generate(idx, 1, top_k=3)[:, -1].tolist()) <= best
-    for temperature in (1e-45, 1e30, math.inf):
+    for temperature in (1e-300, 1e-45, 1e30, math.inf):
         assert model.generate(idx[:2], 1, temperature=temperature).max() < 40
         assert set(model.generate(idx[:500], 1, temperature=temperature, top_k=3)[:, -1].tolist()) <= best
     assert max(token.max().item() for token in model.stream(idx, 3, n_vocab=11)) < 11, "padding ids must not appear"
@@ -900,7 +900,7 @@ def write_shards(folder, count=7):
 def read(*sources):
     """The documents that prepare_pile.py finds in sources, in order, with BadInput in the place of bad ones."""
     shards = prepare_pile.find_shards([str(source) for source in sources])
-    return [document for document in prepare_pile.read_shards(shards, skip=0) if document is not None]
+    return [document for document in prepare_pile.read_shards(shards, 0, 2**20) if document is not None]
 
 
 def prepared(source, folder, **flags):
@@ -1019,13 +1019,18 @@ def test_workers_and_parts_change_nothing(max_tokens, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"source", "whole", "1", "3"}, "nothing is left beside them"
 
 
-def test_large_text_files_are_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_pile, "TEXT_PIECE", 1000)
-    text = "".join(f"line {i} é\n" for i in range(1000))
-    (tmp_path / "book.txt").write_text(text, newline="")
-    pieces = read(tmp_path / "book.txt")
-    assert "".join(pieces) == text and len(pieces) > 5
-    assert all(piece.endswith("\n") and 1000 <= len(piece.encode()) < 1020 for piece in pieces[:-1])
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", ""])
+def test_plain_text_is_cut_into_small_documents(end, tmp_path):
+    """At line ends, where there are any: one file is everyone's first try, and must be split. A byte order mark is no
+    text. Sources of the standard library stay whole, or parts of one file would be trained on and validated by."""
+    text = "".join(f"line {i} é{end}" for i in range(30_000))
+    (tmp_path / "book.txt").write_text("\ufeff" + text, newline="")
+    meta = prepared(tmp_path / "book.txt", tmp_path / "data")
+    pieces = [text for split in ("train", "val") for text in documents_of(tmp_path / "data", split)]
+    assert meta["val_documents"] > 0 and sorted(map(text.index, pieces)), "each is a part of the text"
+    assert sum(map(len, pieces)) == len(text) and max(map(len, pieces)) <= 2 * 4096
+    assert sum(not piece.endswith(end) for piece in pieces) == 0
+    assert len(list(prepare_pile.read_text(tmp_path / "book.txt", SOURCES["stdlib"]["piece"]))) == 1
 
 
 def test_skip_bad_counts_what_it_leaves_out(tmp_path):
@@ -1044,11 +1049,24 @@ def test_skip_bad_counts_what_it_leaves_out(tmp_path):
 def test_hub_source(tmp_path, monkeypatch):
     """The Pile is streamed from the hub: what `datasets` is asked for, and what becomes of the rows of its shards."""
     import datasets
+    import httpx2
 
     rows = datasets.Dataset.from_list([{"text": document, "meta": {"n": 1}} for document in DOCUMENTS])
-    load = mock.Mock(return_value=rows.to_iterable_dataset(num_shards=3))
+    there = rows.to_iterable_dataset(num_shards=3)
+
+    def breaks(row):
+        if row["text"] == DOCUMENTS[50]:
+            raise httpx2.ReadTimeout("read timeout")
+        return row
+
+    load = mock.Mock(return_value=there.map(breaks))
     monkeypatch.setattr(datasets, "load_dataset", load)
-    meta = prepared("pile", tmp_path / "data", max_tokens=10**6)
+    monkeypatch.setattr(prepare_pile, "PART_BYTES", 2_000)
+    with pytest.raises(BadInput, match="cannot be read from the hub .*ReadTimeout"):  # in the third shard
+        prepared("pile", tmp_path / "data", max_tokens=10**6)
+    assert (tmp_path / "data" / "train_000.bin").exists(), "the parts before it are kept"
+    load.return_value = there
+    meta = prepared("pile", tmp_path / "data", max_tokens=10**6)  # the same command goes on
     assert set(map(str, load.mock_calls)) == {"call('monology/pile-uncopyrighted', split='train', streaming=True)"}
     assert meta["source"] == "monology/pile-uncopyrighted" and meta["shards"] == 3
     documents = [documents_of(tmp_path / "data", split) for split in ("train", "val")]
@@ -1565,6 +1583,25 @@ def at_each_step(monkeypatch, action):
     monkeypatch.setattr(train, "learning_rate", lambda step, settings: (action(step), real(step, settings))[1])
 
 
+def test_intervals_of_zero_are_never_and_the_end_is_saved(text_data, tmp_path):
+    checkpoint, metrics = run_train(text_data, tmp_path, "--max_steps=3", "--eval_interval=0", "--ckpt_interval=0")
+    assert not any("val_loss" in line for line in metrics)
+    assert steps_of(tmp_path) == {"ckpt.pt": 3} and checkpoint["best"] == math.inf
+
+
+def test_tensorboard(text_data, tmp_path, monkeypatch, capsys):
+    """A stand-in for the package is told what stands in metrics.jsonl, but for lists; without it one line says so."""
+    board = mock.Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", mock.Mock(SummaryWriter=board))
+    _, metrics = run_train(text_data, tmp_path, "--max_steps=2", "--tensorboard")
+    told = {(name, step): value for name, value, step in (call.args for call in board().add_scalar.mock_calls)}
+    assert told == {(name, line["step"]): value for line in metrics for name, value in line.items()
+                    if not isinstance(value, list)}  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    fails(capsys, train.main, [f"--out_dir={tmp_path}", "--tensorboard"], "--tensorboard", "pip install tensorboard",
+          touching=tmp_path)  # fmt: skip
+
+
 def test_saving_does_not_hold_up_training(text_data, trained, tmp_path, monkeypatch):
     """The writer is held until the next step is done, too, and still writes the weights of its checkpoint."""
     later, waited, real = threading.Event(), [], torch.save
@@ -1833,7 +1870,11 @@ def test_bad_values_of_train(flag, named, text_data, capsys, tmp_path):
      "--weight_decay=inf", "--warmup=1.5", "--beta2=1", "--batch_size=99999999999", "--balance_coef=nan",
      "--n_expert=8 --arch=dense", "--top_k=33", "--n_pool=3 --n_layer=4", "--n_pool=4 --n_expert=30",
      "--n_head=3 --n_embd=128", "--n_head=4 --n_embd=60", "--n_kv_head=3 --n_head=4",
-     "--batch_size=8 --micro_batch_size=3", "--device=tpu", "--device=meta", "--data_dir=nowhere", "--out_dir=file"],
+     "--batch_size=8 --micro_batch_size=3", "--device=tpu", "--device=meta", "--data_dir=nowhere", "--out_dir=file",
+     "--n_layer=9223372036854775808", "--n_expert=99999999999999999999", "--keep=1000",
+     # what would change nothing is not accepted in silence
+     "--router=norm --arch=dense", "--top_k=1 --arch=dense", "--n_pool=1 --arch=dense", "--balance_coef=1 --arch=dense",
+     "--bias_rate=0.1", "--balance_coef=0.1 --balance=none"],
 )  # fmt: skip
 def test_bad_flags_of_train(flags, text_data, capsys, tmp_path, monkeypatch):
     """A flag that is unknown, or not written out, and numbers that are out of range or do not go together."""
@@ -1941,7 +1982,7 @@ def test_bad_prompts(bad, prompt, stdin, trained, capsys, monkeypatch):
         ("a.jsonl", b"[" * 100_000, [], ["a.jsonl line 1", "--skip_bad"]),
         ("a.jsonl", b'{"text": "\xff"}\n', [], ["a.jsonl line 1", "UTF-8"]),
         ("a.parquet", b"no parquet", [], ["a.parquet"]),
-        ("a.txt", b"caf\xe9", [], ["a.txt", "0xe9", "offset 3"]),
+        ("a.txt", b"caf\xe9", [], ["a.txt", "0xe9", "after 3 characters"]),
         ("a.txt", b"", [], ["--val_fraction=0.05", "0 documents"]),
         ("a.txt", b"one document", [], ["--val_fraction=0.05", "1 documents to train and 0 to"]),
         ("a.txt", b"text", ["--val_fraction=1.5"], ["--val_fraction=1.5"]),
@@ -2268,6 +2309,8 @@ def test_compare_as_a_command(short_runs, tmp_path, capsys):
     for flag, named in {"--key=loss": "val_loss", "--key=sigma": "--key=sigma", "--out=x.txt": "x.txt"}.items():
         fails(capsys, compare.main, [*runs, flag], flag, named, touching=tmp_path)
     fails(capsys, compare.main, [tmp_path / "none"], tmp_path / "none" / "metrics.jsonl", touching=tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": "many", "val_loss": 2.0}\n')
+    fails(capsys, compare.main, [tmp_path], tmp_path / "metrics.jsonl", touching=tmp_path)
 
 
 def test_a_curve_is_the_mean_of_its_runs():
@@ -2444,8 +2487,17 @@ def test_bench_as_a_command(tmp_path, capsys):
     assert results["tiny:256"].keys() == {"unipool", "unipool, autograd", "vanilla", "dense"}
     assert results["tiny:256"]["dense"]["times dense"] == [1, 1, 1] and is_picture(tmp_path / "bench_train_cpu.png")
     assert (tmp_path / "bench_generate_cpu.json").exists()
-    for shape in ("tiny:200", "1b:256", "12x7:256", "tiny"):
+    for shape in ("tiny:200", "1b:256", "12x7:256", "0x0:256", "tiny"):
         fails(capsys, bench.main, ["--shapes", shape], f"--shapes={shape}", touching=tmp_path)
+    (tmp_path / "file").touch()
+    for flag in (
+        "--seconds=nan",
+        "--steps=0",
+        "--name=a/b",
+        f"--results={tmp_path / 'file'}",
+        "--results=/proc/results",
+    ):
+        fails(capsys, bench.main, [flag], *flag.split("="), touching=tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2540,10 +2592,72 @@ def test_the_harness_is_an_extra(capsys, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Export to safetensors
+
+
+def export_and_load(model, folder, *flags):
+    folder.mkdir()
+    contents = dict(config=asdict(model.config), model=model.state_dict(), tokenizer="bytes", optimizer={}, step=1,
+                    position=0, rng=0, best=0.0, skipped=[0, 0], settings=asdict(train.Settings()))  # fmt: skip
+    torch.save(contents, folder / "ckpt.pt")
+    export.main([str(folder), *flags])
+    return export.load(folder / "export")
+
+
+def trained_like(model):
+    """Weights that are large enough to show any mistake, in eval mode."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
+    return model.eval()
+
+
+def test_export_keeps_every_weight_and_each_pool_once(tmp_path, capsys):
+    pytest.importorskip("safetensors", reason="an extra: pip install safetensors")
+    model = trained_like(small_model(n_pool=2, router="sigmoid", balance="bias"))
+    again = export_and_load(model, tmp_path / "run")
+    assert again.config == model.config
+    assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    size = (tmp_path / "run" / "export" / "model.safetensors").stat().st_size
+    assert size < 4 * model.num_params() * 1.1 + 10_000, "each pool must be stored once"
+    fails(capsys, export.main, [tmp_path / "run", "--format=transformers"], "--format=transformers", "sigmoid")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(BadInput, match="cannot be read"):
+        export.load(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(n_expert=0, balance="none"),
+    dict(router="softmax", balance="layer", n_pool=4),
+    dict(router="softmax", balance="layer", n_pool=4, top_k=2),
+    dict(router="softmax", top_k=2),  # a shared pool: each layer gets a copy
+])  # fmt: skip
+def test_transformers_computes_the_same(fields, tmp_path):
+    """Both ways: transformers loads what we write, and we what it saves."""
+    pytest.importorskip("safetensors", reason="an extra: pip install safetensors")
+    transformers = pytest.importorskip("transformers", reason="an extra: pip install transformers")
+    model = trained_like(small_model(**fields))
+    idx = random_tokens(model.config)
+    logits = model(idx).logits
+    assert_close(export_and_load(model, tmp_path / "run", "--format=transformers")(idx).logits, logits, "read back")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "export", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    assert_close(theirs.eval()(idx).logits, logits, type(theirs).__name__, rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert_close(export.load(tmp_path / "theirs")(idx).logits, logits, "what transformers has saved")
+
+
+def test_safetensors_is_an_extra(capsys, monkeypatch):
+    monkeypatch.setattr(export, "safetensors", None)
+    fails(capsys, export.main, ["out"], "pip install safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The commands themselves, and the README
 
 
-def test_commands_from_text_to_text(tmp_path):
+def test_commands_from_text_to_text(tmp_path, monkeypatch, capsys):
     """prepare_pile.py, train.py, train.py --resume and sample.py, run in an empty folder as a user runs them."""
     write_jsonl(tmp_path / "mine.jsonl.zst")
     result = command(
@@ -2565,6 +2679,16 @@ def test_commands_from_text_to_text(tmp_path):
     assert texts[0].count("-" * 80 + "\nDocument é") == 2
     result = command("sample.py", "--max_new_tokens=5", cwd=tmp_path, input=b"")
     assert result.returncode == 0, "without a prompt it begins at the start of a document"
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")  # a terminal without UTF-8
+    result = command("sample.py", "--max_new_tokens=5", "--num_samples=1", "--prompt=é 你", cwd=tmp_path)
+    assert result.returncode == 0 and "é ?".encode("cp1252") in result.stdout, result.stderr.decode()
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    with mock.patch("matplotlib.pyplot.imshow") as imshow:
+        exec(code, {})
+    assert (
+        imshow.call_args.args[0].shape == (2, len("def main(argv):")) and "def main(argv):" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

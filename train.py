@@ -73,11 +73,12 @@ class Settings:
     beta2: float = flag(0.999, "of AdamW", low=0, high=1)
     adam_eps: float = flag(1e-8, "of AdamW", low=0, high=1e3)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0, high=math.inf)
-    eval_interval: int = flag(1000, "steps between validations")
+    eval_interval: int = flag(1000, "steps between validations; 0 never validates", low=0)
     eval_tokens: int = flag(2**22, "validation tokens used, spread over the split")
-    ckpt_interval: int = flag(1000, "steps between checkpoints")
+    ckpt_interval: int = flag(1000, "steps between checkpoints; 0 saves at the end, and at a new best", low=0)
     keep: int = flag(2, "checkpoints kept, the newest included; the best by validation loss is kept too", high=1000)
     log_interval: int = flag(10, "steps between lines of metrics.jsonl")
+    tensorboard: bool = flag(False, "write the metrics for TensorBoard too (pip install tensorboard)")
     compile: bool | None = flag(None, "use torch.compile (on for CUDA)")
     recompute: bool = flag(False, "keep no activations within layers: less memory, about a third more time")
     one_pass: bool = flag(True, "the pool's gradient in one pass; --no-one_pass leaves it to autograd")
@@ -128,6 +129,12 @@ def settle(given, saved):
                 raise BadInput(f"--{name}={given[name]}, but the checkpoint was trained with {name}={fixed[name]}: "
                                "leave the flag out, or start a new run in another --out_dir")  # fmt: skip
         settings, config = Settings(**(saved["settings"] | own_flags)), UniPoolConfig(**saved["config"])
+    idle = dict(bias_rate=config.balance != "bias", balance_coef=BALANCES[config.balance] is None)
+    idle |= dict.fromkeys(("router", "top_k", "n_pool", "balance", "one_pass"), config.n_expert == 0)
+    for name in idle.keys() & given.keys():
+        if idle[name]:
+            raise BadInput(f"--{name}={given[name]} changes nothing with --arch={settings.arch} and "
+                           f"--balance={config.balance}: leave it out")  # fmt: skip
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
@@ -360,13 +367,10 @@ def load_newest(out_dir, mmap):
 
 def load_model(checkpoint, path, device):
     """The model of a checkpoint, on `device`. Raises BadInput if its weights are not those of its config."""
-    with torch.device("meta"):
-        model = UniPool(UniPoolConfig(**checkpoint["config"]))
     try:
-        model.load_state_dict(checkpoint["model"], assign=True)
+        return UniPool.from_checkpoint(checkpoint, device)
     except (TypeError, RuntimeError) as error:
         raise BadInput(f"{path}: its weights and its config do not match ({error}): use another checkpoint") from None
-    return model.to(device)
 
 
 def check_tokenizer(data_dir, meta, checkpoint, path):
@@ -458,7 +462,8 @@ def trim_metrics(path, step):
 def keep_earlier_run(out_dir):
     """Move the files of a run that this one would overwrite to out_dir/old-1, or old-2 ..."""
     number = next(n for n in itertools.count(1) if not (out_dir / f"old-{n}").exists())
-    for path in [*out_dir.glob("ckpt*.pt"), *out_dir.glob("best.pt"), *out_dir.glob("metrics.jsonl")]:
+    patterns = "ckpt*.pt", "best.pt", "metrics.jsonl", "events.out.tfevents.*"
+    for path in [path for pattern in patterns for path in out_dir.glob(pattern)]:
         (out_dir / f"old-{number}").mkdir(exist_ok=True)
         os.replace(path, out_dir / f"old-{number}" / path.name)
 
@@ -479,6 +484,11 @@ def run(argv):
     micro_batch_size, accumulation = split_batch(settings, config, world_size)
     per_process = micro_batch_size * accumulation  # sequences a step
     device = find_device(settings.device)
+    if settings.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
     data_dir = settings.data_dir = str(find_data(settings, device))
     meta = read_meta(data_dir, config.vocab_size)
     if resuming:
@@ -537,7 +547,10 @@ def run(argv):
               f"steps: {settings.max_steps:,} (the cosine ends at {settings.decay_steps:,}) of "
               f"{settings.batch_size * config.block_size:,} tokens, in {accumulation} micro-batch(es) of "
               f"{micro_batch_size} sequences on {world_size} {device.type} process(es)")  # fmt: skip
+        if settings.shard and not sharded:
+            print("--shard changes nothing on one process")
     peak = peak_flops(device)
+    board = SummaryWriter(out_dir, purge_step=step + 1) if settings.tensorboard and is_main else None
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
     writer, writing = ThreadPoolExecutor(1), None  # the thread that writes checkpoints, and what it is at
@@ -605,8 +618,9 @@ def run(argv):
         if world_size > 1:
             dist.all_reduce(signals, group=control)
         stopping = signals.item() > 0
-        evaluating = step % settings.eval_interval == 0 or step == settings.max_steps
-        logging, is_best = evaluating or step % settings.log_interval == 0, False
+        is_last = step == settings.max_steps
+        evaluating = settings.eval_interval > 0 and (step % settings.eval_interval == 0 or is_last)
+        logging, is_best = evaluating or is_last or step % settings.log_interval == 0, False
         if logging:
             (train_loss, balance_loss), grad_norm = losses.tolist(), grad_norm.item()  # waits for the GPU
             n_skipped, in_a_row = skipped.tolist()
@@ -631,6 +645,9 @@ def run(argv):
                 best = min(best, line["val_loss"])
             if is_main:
                 add_metrics(metrics_path, line)
+                for name, value in line.items() if board else ():
+                    if not isinstance(value, list):
+                        board.add_scalar(name, value, step)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
                 if evaluating:
                     shown = ", ".join(f"{name} {line[name]:.5g}" for name in SHOWN if name in line)
@@ -639,8 +656,9 @@ def run(argv):
         # ---- What is saved
         if writing and writing.done():
             writing.result()  # raises what went wrong in the thread
-        is_last = step == settings.max_steps or stopping
-        if (step % settings.ckpt_interval == 0 or is_best or is_last) and skipped[0] < step:
+        is_last = is_last or stopping
+        saving = is_last or is_best or settings.ckpt_interval > 0 and step % settings.ckpt_interval == 0
+        if saving and skipped[0] < step:
             # Here the state is copied to the CPU's memory, or in it while training goes on; the thread does the rest.
             if writing:  # one copy at a time
                 writing.result()
@@ -656,6 +674,8 @@ def run(argv):
 
     # ---- The end
     bar.close()
+    if board:
+        board.close()
     if writing:
         writing.result()
     n_skipped, in_a_row = skipped.tolist()

@@ -100,9 +100,9 @@ class UniPoolConfig:
                 raise ValueError(", ".join(f"{name}={getattr(self, name)!r}" for name in names.split()) + f": {rule}")
 
         for name in "block_size vocab_size n_layer n_head n_kv_head n_embd n_hidden n_pool rope_base".split():
-            check(1 <= getattr(self, name) < math.inf, name, "must be a number of at least 1")
+            check(1 <= getattr(self, name) < 2**31, name, "must be a number of at least 1 and below 2^31")
         for name in "n_expert balance_coef bias_rate norm_eps init_std".split():
-            check(0 <= getattr(self, name) < math.inf, name, "must be a number of at least 0")
+            check(0 <= getattr(self, name) < 2**31, name, "must be a number of at least 0 and below 2^31")
         for name, known in (("router", ROUTERS), ("balance", BALANCES)):
             check(getattr(self, name) in known, name, f"choose from {', '.join(known)}")
         check(self.n_embd % self.n_head == 0, "n_embd n_head", "n_head must divide n_embd: heads are equally wide")
@@ -391,6 +391,16 @@ class UniPool(nn.Module):
         self.register_buffer("rope", rope_table(config.block_size, config.head_dim, config.rope_base), persistent=False)
         self.init_weights()
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint, device="cpu"):
+        """The model in a checkpoint of train.py: its path, or the dict in it. Code in the file is never run."""
+        if not isinstance(checkpoint, dict):
+            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        with torch.device("meta"):
+            model = cls(UniPoolConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"], assign=True)
+        return model.to(device).eval()
+
     def init_weights(self):
         """N(0, init_std); the projections that write to the residual stream get init_std / sqrt(2L). Vectors stay 1."""
         std = self.config.init_std
@@ -502,7 +512,7 @@ class UniPool(nn.Module):
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
                 below_best = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no temperature makes it infinite
-                p = (below_best / temperature).softmax(dim=-1)
+                p = (below_best / max(temperature, 1e-30)).softmax(dim=-1)  # fp32 takes less for 0
                 if top_k is not None:
                     p = p * (logits >= logits.topk(min(top_k, logits.size(-1))).values[:, -1:])
                 new = torch.multinomial(p, 1)

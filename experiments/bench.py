@@ -322,7 +322,7 @@ def main(argv=None):
     parser.add_argument("--parts", nargs="+", default=["train", "generate"], choices=PARTS, help="(train generate)")
     parser.add_argument("--shapes", nargs="+", help="of training: scale:tokens a step, or LxM:tokens (the machine's)")
     parser.add_argument("--steps", type=at_least(1), default=40, help="most timed rounds of each (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=60, help="after which rounds end, at five or more (60)")
+    parser.add_argument("--seconds", type=at_least(0, float), default=60, help="after which rounds end, five at least")
     parser.add_argument("--device", help="cuda, cpu ... (the best there is)")
     args = parser.parse_args(argv)
     device = find_device(args.device)

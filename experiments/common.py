@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import math
 import platform
 import re
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -27,17 +29,36 @@ class ExperimentParser(Parser):
 
     def __init__(self, description, name):
         super().__init__(description)
-        self.add_argument("--name", default=name, help="of the files in --results (%(default)s)")
-        self.add_argument("--results", default=RESULTS, help="folder for JSON, table and pictures; empty for none")
+        self.add_argument("--name", default=name, type=file_name, help="of the files in --results (%(default)s)")
+        self.add_argument("--results", default=RESULTS, type=writable_folder,
+                          help="folder for JSON, table and pictures; empty for none")  # fmt: skip
 
 
-def at_least(low):
-    """The type of a flag that takes whole numbers from `low` on."""
+def file_name(text):
+    """The type of a flag that takes the name of a file, without folders."""
+    if not text or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text} must be a file's name, without a folder")
+    return text
+
+
+def writable_folder(text):
+    """The type of a flag that takes a folder, made before the work whose results it is for; empty stays empty."""
+    try:
+        if text:
+            Path(text).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=text).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror})") from None
+    return text
+
+
+def at_least(low, kind=int):
+    """The type of a flag that takes numbers from `low` on; of floats neither infinity nor nan."""
 
     def number(text):
-        if int(text) < low:
+        if not low <= kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"{text} must be at least {low}")
-        return int(text)
+        return kind(text)
 
     return number
 

@@ -84,9 +84,9 @@ def read_metrics(folder):
     path = Path(folder) / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        if not lines or not all("step" in line and "tokens" in line for line in lines):
+        if not lines or not all(isinstance(line[name], int) for line in lines for name in ("step", "tokens")):
             raise ValueError("no lines with step and tokens")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{path} cannot be read ({reason}): give the --out_dir of a run of train.py") from None
     return lines
