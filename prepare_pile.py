@@ -48,6 +48,10 @@ VOCAB_SIZES = dict(gpt2=50257, bytes=257)  # with <|endoftext|>
 PART_BYTES = 2**27  # of train_012.bin: about a minute of a core's work, which is what a kill can cost
 
 
+class BadFile(BadInput):
+    """The rest of a file cannot be read."""
+
+
 class Taken(BadInput):
     """The folder of data is there already, or another process is making it."""
 
@@ -124,8 +128,10 @@ def read_shard(shard, piece):
     parquet, jsonl = name.endswith(".parquet"), name.endswith(".jsonl")
     try:
         yield from read_parquet(shard) if parquet else read_jsonl(shard) if jsonl else read_text(shard, piece)
-    except (OSError, pyarrow.ArrowException, KeyError) as error:
-        yield BadInput(f"{shard}: unreadable, damaged, of a zstd window over 2^27, or without texts ({error})")
+    except Exception as error:  # damaged bytes fail in as many ways as there are libraries between
+        if "requires too much memory" in str(error):
+            raise BadInput(f"{shard}: its zstd window is longer than 2^27: compress it anew, without --long") from None
+        yield BadFile(f"{shard}: unreadable, damaged, or without texts ({error})")
 
 
 def open_bytes(path):
@@ -159,9 +165,16 @@ def read_jsonl(path):
 
 def read_parquet(path):
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-            for text in batch.column("text").to_pylist():
-                yield string(text, path)
+        for group in range(file.num_row_groups):
+            try:
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=["text"]):
+                    for value in batch.column("text"):
+                        try:
+                            yield string(value.as_py(), path)
+                        except ValueError as error:  # not UTF-8
+                            yield BadInput(f"{path}: a text in row group {group} ({error})")
+            except (OSError, pyarrow.ArrowException) as error:  # a damaged page: the next row group may be whole
+                yield BadFile(f"{path}: row group {group} ({error})")
 
 
 def string(text, where):
@@ -220,6 +233,8 @@ def write_part(folder, documents, meta, max_tokens, skip_bad, bar):
                 if not skip_bad:
                     raise BadInput(f"{document}; mend it, or go on without it by --skip_bad")
                 meta["skipped_documents"] += 1
+                if isinstance(document, BadFile):
+                    bar.write(f"{document}: its other documents are left out")
                 continue
             tokens, n_bytes, split = document
             (val if split == "val" else train).write(tokens)

@@ -40,7 +40,7 @@ import sample
 import train
 import unipool
 from command import BadInput, run_command
-from experiments import ablate, bench, compare, evaluate, export, probe
+from experiments import ablate, bench, common, compare, evaluate, export, probe
 from experiments import balance as study
 from experiments.fake_gpu import WHY_NOT
 from prepare_pile import SOURCES, get_tokenizer, prepare
@@ -979,8 +979,27 @@ def test_a_long_window_of_zstd_is_read_or_named(log_window, tmp_path):
     text = b'{"text": "fine"}\n'
     frame = b"\x28\xb5\x2f\xfd\0" + bytes([log_window - 10 << 3]) + (len(text) << 3 | 1).to_bytes(3, "little") + text
     (tmp_path / "a.jsonl.zst").write_bytes(frame)
-    (document,) = read(tmp_path / "a.jsonl.zst")
-    assert document == "fine" if log_window == 27 else "window over 2^27" in str(document)
+    if log_window > 27:  # it is whole: --skip_bad must not pass over it
+        with pytest.raises(BadInput, match="a.jsonl.zst: its zstd window is longer than 2\\^27"):
+            prepared(tmp_path / "a.jsonl.zst", tmp_path / "data", skip_bad=True)
+    else:
+        assert read(tmp_path / "a.jsonl.zst") == ["fine"]
+
+
+def test_a_file_that_cannot_be_read_is_not_one_bad_document(tmp_path, capsys, monkeypatch):
+    """Nor its other documents lost without a word; what is wrong with a single text costs that one alone."""
+    texts = pyarrow.array([f"text {i}".encode() * 50 for i in range(20)] + [b"\xff", b"fine"], pyarrow.binary())
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), len(texts), texts.buffers())})
+    pyarrow.parquet.write_table(
+        table, tmp_path / "a.parquet", row_group_size=10, compression="zstd", use_dictionary=False
+    )
+    raw = bytearray((tmp_path / "a.parquet").read_bytes())
+    page = pyarrow.parquet.read_metadata(tmp_path / "a.parquet").row_group(1).column(0)
+    raw[page.data_page_offset + page.total_compressed_size // 2] ^= 0xFF  # within the second of three row groups
+    (tmp_path / "a.parquet").write_bytes(raw)
+    meta = prepared(tmp_path / "a.parquet", tmp_path / "data", skip_bad=True)
+    assert meta["train_documents"] + meta["val_documents"] == 11 and meta["skipped_documents"] == 2
+    assert re.search("a.parquet: row group 1 .*its other documents are left out", capsys.readouterr().out)
 
 
 def test_what_is_held_out_depends_on_a_documents_text_alone(tmp_path):
@@ -1546,8 +1565,8 @@ def test_a_new_run_keeps_the_old_one(text_data, tmp_path):
     old = {}
     for number in (1, 2, 3):
         run_train(text_data, tmp_path, f"--max_steps={number}")
-        if number == 2:
-            (tmp_path / "ckpt.pt").unlink()  # as if it had ended before its first checkpoint
+        for path in tmp_path.glob("ckpt*.pt") if number == 2 else ():  # best.pt and metrics.jsonl are left
+            path.unlink()
         old[f"old-{number}"] = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     run_train(text_data, tmp_path, "--max_steps=1")
     for name, files in old.items():
@@ -1563,6 +1582,39 @@ def test_the_last_checkpoints_and_the_best_are_kept(text_data, tmp_path):
     last = sorted({5, 8, *new_best})[-3:]
     assert steps_of(tmp_path) == dict(zip(("ckpt-2.pt", "ckpt-1.pt", "ckpt.pt"), last)) | {"best.pt": new_best[-1]}
     assert len(contents(tmp_path)) == 5, "these four and metrics.jsonl"
+
+
+@pytest.mark.parametrize("other", ["--data_dir", "--eval_tokens=256"])
+def test_the_best_loss_is_not_compared_with_one_of_other_data(other, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    torch.save(torch.load(run / "ckpt.pt") | dict(best=0.1), run / "ckpt.pt")
+    if other == "--data_dir":
+        write_jsonl(tmp_path / "a.jsonl")
+        prepared(tmp_path / "a.jsonl", tmp_path / "data")
+        other = f"--data_dir={tmp_path / 'data'}"
+    resume(run, "--max_steps=10", other)
+    assert torch.load(run / "ckpt.pt")["best"] > 0.1 and steps_of(run)["best.pt"] == 10
+
+
+def test_every_setting_given_on_resuming_acts(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    given = dict(lr=0.5, weight_decay=0.3, beta1=0.7, beta2=0.8, adam_eps=0.1, grad_clip=0.2, min_lr=0.5)
+    resume(run, "--max_steps=10", *[f"--{name}={value}" for name, value in given.items()])
+    checkpoint = torch.load(run / "ckpt.pt")
+    assert checkpoint["settings"].items() >= given.items()
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0]
+    assert all((g["lr"], tuple(g["betas"]), g["eps"]) == (0.5, (0.7, 0.8), 0.1) for g in groups)
+    assert read_metrics(run)[-1]["lr"] == 0.5
+
+
+def test_two_runs_in_one_folder(text_data, trained, capsys):
+    with train.in_use(trained):
+        for flags in (["--max_steps=1"], ["--resume", "--max_steps=99"]):
+            flags = [f"--data_dir={text_data}", f"--out_dir={trained}", "--device=cpu", *flags]
+            fails(capsys, train.main, flags, "--out_dir", "in use", touching=trained)
 
 
 def test_resuming_keeps_what_is_there(trained, tmp_path, capsys):
@@ -2480,6 +2532,13 @@ def test_what_bench_compares_takes_turns(monkeypatch):
     assert "| test | fast | 5 | 2.50 (1.75 to 3.25) |" in table
 
 
+def test_results_are_written_before_they_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.print", mock.Mock(side_effect=OSError("the terminal is gone")))
+    with pytest.raises(OSError):
+        common.save(mock.Mock(results=tmp_path, name="a"), {}, "| table |", figures=[1])
+    assert len(contents(tmp_path)) == 2
+
+
 def test_bench_as_a_command(tmp_path, capsys):
     flags = ["--shapes", "tiny:256", "--steps=1", "--device=cpu", f"--results={tmp_path}"]
     bench.main(flags)
@@ -2543,6 +2602,15 @@ def test_greedy_continuation_is_recognised(adapter):
     other = (likeliest + 1) % 256
     found = adapter._loglikelihood_tokens([(None, context, [likeliest]), (None, context, [other])], disable_tqdm=True)
     assert [greedy for _, greedy in found] == [True, False] and found[0][0] > found[1][0]
+
+
+def test_endings_that_cannot_be_scored_are_refused_and_cut_texts_are_counted(adapter, capsys):
+    """Without a token of its own an ending would score 0 and always win; of one beyond block_size only a part would."""
+    for ending in ([], [1] * 33):
+        with pytest.raises(BadInput, match=f"an ending of {len(ending)} tokens"):
+            adapter._loglikelihood_tokens([(None, [1, 2], [3]), (None, [1, 2], ending)], disable_tqdm=True)
+    adapter._loglikelihood_tokens([(None, [1] * n, [2]) for n in (31, 32, 33, 40)], disable_tqdm=True)
+    assert "2 of 4 texts lost their beginning, to fit 32 tokens" in capsys.readouterr().err
 
 
 def task_file(folder, kind, metric):

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -338,7 +339,7 @@ def load_checkpoint(path, mmap=False, verify=False):
         if verify and (damaged := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        for name in ("model", "optimizer", "tokenizer", "step", "position", "rng", "best", "skipped"):
+        for name in ("model", "optimizer", "tokenizer", "step", "position", "rng", "best", "validated", "skipped"):
             checkpoint[name]
         UniPoolConfig(**checkpoint["config"]), Settings(**checkpoint["settings"])
     except Exception as error:  # damaged bytes fail in as many ways as there are places to damage
@@ -459,6 +460,18 @@ def trim_metrics(path, step):
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def in_use(out_dir):
+    """Keep other runs out of the folder meanwhile. Raises BadInput if one is in it."""
+    try:
+        with filelock.FileLock(f"{out_dir}.lock", timeout=0) as lock:  # this makes the folder above, too
+            yield
+            with contextlib.suppress(OSError):  # Windows does so by itself, later
+                os.unlink(lock.lock_file)
+    except filelock.Timeout:
+        raise BadInput(f"--out_dir={out_dir} is in use by another run: wait for it, or give another") from None
+
+
 def keep_earlier_run(out_dir):
     """Move the files of a run that this one would overwrite to out_dir/old-1, or old-2 ..."""
     number = next(n for n in itertools.count(1) if not (out_dir / f"old-{n}").exists())
@@ -472,7 +485,7 @@ def keep_earlier_run(out_dir):
 # The run
 
 
-def run(argv):
+def run(argv, at_end):
     # ---- Flags, device, data. torchrun sets these variables, one process has none of them.
     given = parse_flags(argv)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -519,11 +532,13 @@ def run(argv):
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
     step = position = 0  # optimizer steps done, training sequences seen
     skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped: in all, and the last ones in a row
-    best = math.inf  # lowest validation loss
+    best = math.inf  # lowest validation loss, of the same tokens of the same data
+    validated = [meta, len(validation_indices(val_data, settings.eval_tokens, micro_batch_size * world_size))]
     if resuming:
         restore(model, optimizer, saved, ckpt_path)
         torch.set_rng_state(saved["rng"])
-        step, position, best = saved["step"], saved["position"], saved["best"]
+        step, position = saved["step"], saved["position"]
+        best = saved["best"] if saved["validated"] == validated else best
         skipped += torch.tensor(saved["skipped"], device=device)
         del saved
     first_step = step
@@ -534,6 +549,7 @@ def run(argv):
     metrics_path = out_dir / "metrics.jsonl"
     if is_main:
         try:
+            at_end.enter_context(in_use(out_dir))
             out_dir.mkdir(parents=True, exist_ok=True)
             for path in damaged:
                 os.replace(path, path.with_suffix(".damaged"))
@@ -553,7 +569,7 @@ def run(argv):
     board = SummaryWriter(out_dir, purge_step=step + 1) if settings.tensorboard and is_main else None
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
-    writer, writing = ThreadPoolExecutor(1), None  # the thread that writes checkpoints, and what it is at
+    writer, writing = at_end.enter_context(ThreadPoolExecutor(1)), None  # writes checkpoints; what it is at
     stop = []  # signals that came during the loop: it finishes the step, saves and ends; the third ends at once
 
     def on_signal(number, frame):
@@ -665,7 +681,8 @@ def run(argv):
             state = snapshot(model, optimizer, not is_last)
             kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
             state |= dict(config=asdict(config), settings=kept, tokenizer=meta["tokenizer"], step=step, best=best,
-                          position=position, rng=torch.get_rng_state(), skipped=skipped.tolist())  # fmt: skip
+                          validated=validated, position=position, rng=torch.get_rng_state(),
+                          skipped=skipped.tolist())  # fmt: skip
             if is_main:
                 writing = writer.submit(save_checkpoint, out_dir, state, settings.keep, is_best)
             del state
@@ -692,18 +709,17 @@ def run(argv):
 
 
 def main(argv=None):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        run(argv)
-    except RuntimeError as error:
-        if dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-            reason = str(error).strip().split("\n")[0]
-            raise BadInput(f"another process of this run has ended or hangs ({reason}): its own message says why; "
-                           "--resume goes on from the last checkpoint") from None  # fmt: skip
-        raise
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+    with contextlib.ExitStack() as at_end:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            at_end.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
+        try:
+            run(argv, at_end)
+        except RuntimeError as error:
+            if dist.is_initialized() and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+                reason = str(error).strip().split("\n")[0]
+                raise BadInput(f"another process of this run has ended or hangs ({reason}): its own message says why; "
+                               "--resume goes on from the last checkpoint") from None  # fmt: skip
+            raise
     # Not at the end of run(): gloo can deadlock when the process group goes before the model that run() still holds.
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -195,7 +195,7 @@ class NormRouter(Router):
     """Eq. 7: s_i = sigma * c * max(0, z_i / (||z||_2 + eps)), with z = W x and a learnable scalar sigma.
 
     Dividing by the norm and multiplying by c keeps the gates' scale as the pool grows: the k gates of an untrained
-    router have a norm of about 1.
+    router have a norm of about 1. Scores are at least 0 as long as sigma is; as in the paper, nothing keeps it there.
     """
 
     eps = 1e-8

@@ -76,13 +76,13 @@ def machine(device):
 
 
 def save(args, about, table, pictures=None, **contents):
-    """Print a table; write it, the figures {end of the name: Figure} and the contents to args.results/args.name.
+    """Write a table, the figures {end of the name: Figure} and the contents to args.results/args.name.
 
     about: what machine() says, asked before the experiment began. The JSON file holds it and the command beside the
     contents. Without args.results nothing is written.
     """
-    print(table)
     if not str(args.results):
+        print(table)
         return
     folder = Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,7 @@ def save(args, about, table, pictures=None, **contents):
     (folder / f"{args.name}.md").write_text(table)
     for ending, figure in (pictures or {}).items():
         figure.savefig(folder / f"{args.name}{ending}.png")
+    print(table)  # last: no terminal can lose what has been measured
     print(f"{folder / args.name}.json, .md{''.join(f', {ending}.png' for ending in pictures or {})}")
 
 

@@ -9,6 +9,7 @@ The harness downloads each task's data from the hub, once. It asks for the log-l
 accuracies is its business. Tasks that ask for generated text, or for the perplexity of whole texts, are refused.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -49,8 +50,16 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         """[(_, context ids, continuation ids)] -> [(log p(continuation | context) in nats, is it the likeliest?)]."""
         results = [None] * len(requests)
-        most = self.model.config.block_size + 1
+        most = self.model.config.block_size + 1  # tokens: the last is only predicted
+        for _, context, ending in requests:
+            if not 0 < len(ending) < most:
+                text = self.tokens.decode(context[-8:] + ending[:8])
+                raise BadInput(f"--tasks: an ending of {len(ending)} tokens, near {text!r}, has no score: it must have "
+                               f"1 to {most - 1} of its own")  # fmt: skip
         texts = [torch.tensor((context + ending)[-most:]) for _, context, ending in requests]
+        cut = sum(len(context) + len(ending) > most for _, context, ending in requests)
+        if cut:
+            print(f"{cut} of {len(requests)} texts lost their beginning, to fit {most - 1} tokens", file=sys.stderr)
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         for start in tqdm(range(0, len(order), self.batch_size), desc="log-likelihoods", disable=disable_tqdm):
             batch = order[start : start + self.batch_size]
