@@ -234,7 +234,7 @@ def write_part(folder, documents, meta, max_tokens, skip_bad, bar):
                     raise BadInput(f"{document}; mend it, or go on without it by --skip_bad")
                 meta["skipped_documents"] += 1
                 if isinstance(document, BadFile):
-                    bar.write(f"{document}: its other documents are left out")
+                    bar.write(" ".join(str(document).split()) + ": its other documents are left out")
                 continue
             tokens, n_bytes, split = document
             (val if split == "val" else train).write(tokens)

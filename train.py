@@ -465,9 +465,11 @@ def in_use(out_dir):
     """Keep other runs out of the folder meanwhile. Raises BadInput if one is in it."""
     try:
         with filelock.FileLock(f"{out_dir}.lock", timeout=0) as lock:  # this makes the folder above, too
-            yield
-            with contextlib.suppress(OSError):  # Windows does so by itself, later
-                os.unlink(lock.lock_file)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows does so by itself, later
+                    os.unlink(lock.lock_file)
     except filelock.Timeout:
         raise BadInput(f"--out_dir={out_dir} is in use by another run: wait for it, or give another") from None
 
