@@ -11,6 +11,7 @@ import copy
 import gzip
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -434,6 +435,71 @@ def test_model_loss_and_usage_against_counts(balance, n_pool, top_k):
     if n_pool == 4:  # other pools serve layers whose output reaches later routers
         of_experts = [p.grad for p in model.pools[-1].parameters()]
         assert all(grad is None or (grad == 0).all() for grad in of_experts), "it must not flow through its own experts"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# UniPool-lock
+
+
+def partition(L, M, seed=0):
+    """A random owner for each expert, each layer having equally many: (L, M) bool."""
+    owner = torch.randperm(M, generator=torch.Generator().manual_seed(seed)) % L
+    return owner == torch.arange(L)[:, None]
+
+
+def test_assignment_against_all_partitions():
+    """2 layers, 4 experts: the six ways of giving each layer two."""
+    for seed in range(20):
+        usage = torch.rand(2, 4, generator=torch.Generator().manual_seed(seed))
+        owned = unipool.assign_experts(usage)
+        assert owned.sum(dim=0).tolist() == [1] * 4 and owned.sum(dim=1).tolist() == [2, 2]
+        best = max(usage[0, list(first)].sum() + usage[1, [i for i in range(4) if i not in first]].sum()
+                   for first in itertools.combinations(range(4), 2))  # fmt: skip
+        assert usage[owned].sum().item() == pytest.approx(best.item())
+
+
+def test_cardinality_loss_against_numpy():
+    P = np.random.default_rng(0).random((5, 12))
+    p = P / P.sum(axis=1, keepdims=True)
+    expected = np.mean([(-(row * np.log(row)).sum() - math.log(3)) ** 2 for row in p])
+    assert unipool.cardinality_loss(torch.tensor(P), 3).item() == pytest.approx(expected, rel=1e-6)
+    even = torch.eye(2).repeat_interleave(3, dim=1)  # two layers that use three experts each
+    assert unipool.cardinality_loss(even, 3).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_anneal_of_a_lock():
+    """Scores of others' experts fade as (1 + cos(pi x)) / 2, their own stay, and nothing jumps at the lock."""
+    model, owned = small_model(top_k=2), partition(4, 8)
+    idx = random_tokens(model.config)
+    before = model(idx)
+    model.lock(owned, 0)
+    assert_close(model(idx).logits, before.logits, "at 0", rtol=0, atol=0)
+    for progress, seen in ((1 / 3, 0.75), (1 / 2, 0.5), (2 / 3, 0.25), (1, 0.0)):
+        model.lock(owned, progress)
+        for block, own in zip(model.blocks, owned):
+            assert_close(block.router.seen, torch.where(own, 1.0, seen), f"at {progress}")
+    router, x = model.blocks[0].router, torch.randn(50, 32)
+    _, experts, scores = router(x)
+    assert owned[0][experts].all() and (scores[:, ~owned[0]] == 0).all()
+    model.lock(owned, 1 - 1e-4)
+    assert_close(router(x)[2], scores, "just before", rtol=0, atol=1e-6)
+    model.lock(owned, 1)
+    out = model(idx, idx)
+    assert (out.usage[~owned] == 0).all() and (out.mean_scores[~owned] == 0).all(), "exactly"
+    (out.loss + out.balance_loss).backward()
+    assert_close(out.loss, model(idx, idx, keep_logits=False).loss)
+
+
+def test_fading_compiles_once():
+    model, owned, x = small_model(), partition(4, 8), torch.randn(40, 32)
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    router = torch.compile(model.blocks[0].router, backend=counter, fullgraph=True)
+    for progress in (0, 0.2, 0.7, 1):
+        model.lock(owned, progress)
+        assert_close(router(x)[2], model.blocks[0].router(x)[2])
+    assert counter.frame_count == 1, "a step of the anneal must not compile anew"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1499,6 +1565,7 @@ def command(script, *flags, processes=None, cwd=HERE, background=False, **kwargs
     [
         (2, []),
         (2, ["--shard", "--router=sigmoid", "--balance=bias"]),
+        (2, ["--shard", "--decay_steps=8", "--lock=0.5"]),
         pytest.param(2, ["--shard"], marks=slow),
         pytest.param(4, [], marks=slow),
         pytest.param(4, ["--shard"], marks=slow),
@@ -1653,6 +1720,42 @@ def test_tensorboard(text_data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     fails(capsys, train.main, [f"--out_dir={tmp_path}", "--tensorboard"], "--tensorboard", "pip install tensorboard",
           touching=tmp_path)  # fmt: skip
+
+
+LOCK = ["--decay_steps=12", "--lock=0.5"]  # experts are given away at step 3, locked from step 6 on
+
+
+def test_a_run_that_locks(text_data, tmp_path):
+    """Before, plain UniPool; the owners are those of the validation's usage; resumed at any step it is the same run."""
+    straight = tmp_path / "straight"
+    checkpoint, metrics = run_train(text_data, straight, *LOCK, "--max_steps=8", "--ckpt_interval=1", "--keep=9")
+    seen = {step: torch.stack([torch.load(at_step(straight, step))["model"][f"blocks.{l}.router.seen"] for l in (0, 1)])
+            for step in range(1, 9)}  # fmt: skip
+    assert all((seen[step] == 1).all() for step in (1, 2, 3))
+    owned = seen[8] == 1
+    assert owned.sum(dim=0).tolist() == [1] * 8 and owned.sum(dim=1).tolist() == [4, 4] and (seen[8][~owned] == 0).all()
+    for step in (4, 5, 6, 7):
+        fading = (1 + math.cos(math.pi * min(1, (step - 3) / 4))) / 2
+        assert_close(seen[step], torch.where(owned, 1.0, fading), f"step {step}")
+    model = train.load_model(torch.load(at_step(straight, 3)), "", torch.device("cpu"))
+    data = prepare_pile.TokenData(text_data, "val", prepare_pile.read_meta(text_data, 320), 32, 320)
+    tokens = torch.from_numpy(data.sequences(train.validation_indices(data, 2048, 8)))
+    assert torch.equal(unipool.assign_experts(model(tokens[:, :-1]).usage), owned)
+    model = train.load_model(checkpoint, "", torch.device("cpu"))
+    assert (model(tokens[:, :-1]).usage[~owned] == 0).all()
+    for step in (3, 5):
+        resume(killed_run(tmp_path / f"killed{step}", straight, step))
+        assert_undisturbed(tmp_path / f"killed{step}", straight, 8)
+
+
+def test_random_owners_from_the_start(text_data, tmp_path):
+    """The control. The same for the same seed, and not what the data would give."""
+    found = []
+    for number, seed in enumerate((1, 1, 2)):
+        checkpoint, _ = run_train(text_data, tmp_path / str(number), "--max_steps=1", "--lock_random", f"--seed={seed}")
+        found.append(torch.stack([checkpoint["model"][f"blocks.{l}.router.seen"] for l in (0, 1)]))
+    assert set(found[0].flatten().tolist()) == {0, 1} and found[0].sum(dim=1).tolist() == [4, 4]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_saving_does_not_hold_up_training(text_data, trained, tmp_path, monkeypatch):
@@ -1927,7 +2030,9 @@ def test_bad_values_of_train(flag, named, text_data, capsys, tmp_path):
      "--n_layer=9223372036854775808", "--n_expert=99999999999999999999", "--keep=1000",
      # what would change nothing is not accepted in silence
      "--router=norm --arch=dense", "--top_k=1 --arch=dense", "--n_pool=1 --arch=dense", "--balance_coef=1 --arch=dense",
-     "--bias_rate=0.1", "--balance_coef=0.1 --balance=none"],
+     "--bias_rate=0.1", "--balance_coef=0.1 --balance=none",
+     "--lock=1", "--lock=0.001", "--lock=0.5 --lock_random", "--lock=0.5 --n_pool=2", "--lock=0.5 --router=softmax",
+     "--lock=0.5 --n_expert=30", "--lock=0.5 --n_expert=8 --top_k=3"],
 )  # fmt: skip
 def test_bad_flags_of_train(flags, text_data, capsys, tmp_path, monkeypatch):
     """A flag that is unknown, or not written out, and numbers that are out of range or do not go together."""
@@ -2462,7 +2567,7 @@ def test_probe_costs_nothing_when_all_experts_are_alike(alike, text_data):
     for block in model.blocks:
         block.router = probe.WatchedRouter(block.router)
     figures = probe.probe(model.eval(), data, 512, 2, device, "test")
-    assert figures["loss"] == pytest.approx(train.validate(reference, data, 512, 8, 0, 1, device), rel=1e-5)
+    assert figures["loss"] == pytest.approx(train.validate(reference, data, 512, 8, 0, 1, device)[0], rel=1e-5)
     indices = np.linspace(0, len(data) - 1, 32).astype(np.int64)
     tokens = torch.from_numpy(data.sequences(indices))
     logits = reference.eval()(tokens[:, :-1]).logits

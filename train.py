@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from command import BadInput, Parser, run_command
 from prepare_pile import SOURCES, Taken, TokenData, prepare, read_meta
-from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig
+from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig, assign_experts, cardinality_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: each field is a flag, and its default stands here alone
@@ -80,6 +80,8 @@ class Settings:
     keep: int = flag(2, "checkpoints kept, the newest included; the best by validation loss is kept too", high=1000)
     log_interval: int = flag(10, "steps between lines of metrics.jsonl")
     tensorboard: bool = flag(False, "write the metrics for TensorBoard too (pip install tensorboard)")
+    lock: float = flag(0.0, "share of --decay_steps after which layers have their own experts; 0 never", low=0, high=1)
+    lock_random: bool = flag(False, "the control for --lock: layers have random experts of their own from the start")
     compile: bool | None = flag(None, "use torch.compile (on for CUDA)")
     recompute: bool = flag(False, "keep no activations within layers: less memory, about a third more time")
     one_pass: bool = flag(True, "the pool's gradient in one pass; --no-one_pass leaves it to autograd")
@@ -92,6 +94,7 @@ TINY = dict(max_steps=360, decay_steps=360, warmup=0.05, batch_size=32, lr=1.5e-
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=list(BALANCES))
 LARGEST_MICRO_BATCH = 2**14  # tokens
 SHOWN = ("val_loss", "train_loss", "tokens_per_second", "mfu", "pool_utilisation", "unserved")  # on the terminal
+ENTROPY_COEF = 5e-3  # of cardinality_loss, with --lock
 MOST_SKIPPED = 10  # steps in a row with a non-finite loss or gradient, after which the run ends
 
 
@@ -124,7 +127,8 @@ def settle(given, saved):
         except ValueError as error:
             raise BadInput(error) from None
     else:
-        fixed = saved["config"] | {name: saved["settings"][name] for name in ("scale", "arch", "seed")}
+        names = ["scale", "arch", "seed", "lock", "lock_random"] + ["decay_steps"] * bool(saved["settings"]["lock"])
+        fixed = saved["config"] | {name: saved["settings"][name] for name in names}
         for name in fixed.keys() & given.keys():
             if given[name] != fixed[name]:
                 raise BadInput(f"--{name}={given[name]}, but the checkpoint was trained with {name}={fixed[name]}: "
@@ -140,7 +144,26 @@ def settle(given, saved):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
             raise BadInput(f"--{f.name}={value} must be at least {low} and below {high}")
+    lock_steps(settings, config)
     return settings, config
+
+
+def lock_steps(settings, config):
+    """UniPool-lock's steps: (at which layers get experts of their own, from which they have no others); (0, 0) where
+    they are random from the start, None without. Raises BadInput.
+    """
+    if not settings.lock and not settings.lock_random:
+        return None
+    flags = f"--lock={settings.lock} --lock_random={settings.lock_random}"
+    K, left = divmod(config.n_expert, config.n_layer)
+    if config.n_pool > 1 or config.router != "norm" or left or not config.top_k <= K:
+        raise BadInput(f"{flags} needs n_pool=1, router=norm and equally many experts, top_k or more, for each layer: "
+                       f"n_pool={config.n_pool}, router={config.router}, n_expert={config.n_expert}, "
+                       f"n_layer={config.n_layer}, top_k={config.top_k} do not fit")  # fmt: skip
+    locked = round(settings.lock * settings.decay_steps)
+    if settings.lock and (settings.lock_random or locked < 2):
+        raise BadInput(f"{flags}: give one of them, and to --lock at least two steps of --decay_steps")
+    return locked // 2, locked
 
 
 def split_batch(settings, config, world_size):
@@ -306,20 +329,22 @@ def validation_indices(data, eval_tokens, at_once=1):
 
 @torch.no_grad()
 def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, device):
-    """Mean cross-entropy in nats per token over validation_indices' sequences, of which each process takes a part."""
+    """(mean cross-entropy in nats per token, mean usage (L, M)) over validation_indices; each process takes a part."""
     model.eval()
     indices = validation_indices(data, eval_tokens, micro_batch_size * world_size)
     own = indices[rank::world_size]
-    total = torch.zeros(2, device=device)  # sum of losses, number of sequences
+    count = loss = usage = torch.zeros((), device=device)
     for i in range(0, max(1, len(own)), micro_batch_size):
         part = own[i : i + micro_batch_size]
         x, y = read_batch(data, part if len(part) else indices[:1], device)  # sharded, all must take part
         with autocast(device):
-            total += torch.stack([model(x, y, keep_logits=False).loss, total.new_ones(())]) * len(part)
+            out = model(x, y, keep_logits=False)
+        count, loss, usage = count + len(part), loss + out.loss * len(part), usage + out.usage * len(part)
     if world_size > 1:
-        dist.all_reduce(total)
+        for tensor in (count, loss, usage):
+            dist.all_reduce(tensor)
     model.train()
-    return (total[0] / total[1]).item()
+    return (loss / count).item(), usage / count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -547,6 +572,13 @@ def run(argv, at_end):
     use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
     forward = torch.compile(model) if use_compile else model
 
+    locking, K = lock_steps(settings, config), config.n_expert // config.n_layer
+    freeze, locked = locking or (0, 0)
+    owned = torch.stack([block.router.seen for block in model.blocks]) == 1 if locking else None  # (L, M), if resuming
+    if settings.lock_random and not resuming:
+        owned = assign_experts(torch.rand(owned.shape, generator=torch.Generator().manual_seed(settings.seed)))
+        model.lock(owned.to(device), progress=1)
+
     # ---- Logs, and signals
     metrics_path = out_dir / "metrics.jsonl"
     if is_main:
@@ -585,9 +617,14 @@ def run(argv, at_end):
         bar.write(f"nothing to do: step {step} has reached --max_steps={settings.max_steps}; a larger one goes on")
 
     # ---- The loop
+    validation = settings.eval_tokens, micro_batch_size, rank, world_size, device
     model.train()
     window_start, window_tokens, warned, stopping = time.perf_counter(), 0, False, False
     while step < settings.max_steps and not stopping:
+        if locking and freeze <= step <= locked and not settings.lock_random:
+            if step == freeze:
+                owned = assign_experts(validate(forward, val_data, *validation)[1]).to(device)
+            model.lock(owned, progress=(step + 1 - freeze) / (locked + 1 - freeze))
         # This step's sequences are the same for any number of processes; each process takes a contiguous part.
         indices = train_data.in_order(position + rank * per_process, per_process, settings.seed)
         losses = torch.zeros(2, device=device)  # cross-entropy and balance loss, averaged over the micro-batches
@@ -600,6 +637,9 @@ def run(argv, at_end):
             with autocast(device):
                 out = forward(x, y, keep_logits=False)
                 loss = out.loss + config.balance_coef * out.balance_loss
+                if locking:
+                    rise = min(1, step / max(1, freeze))
+                    loss = loss + rise * ENTROPY_COEF * cardinality_loss(out.mean_scores, K)
             (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             routing = routing + torch.stack([out.usage, out.mean_scores.detach()]) / accumulation
@@ -657,8 +697,7 @@ def run(argv, at_end):
             if peak:
                 line["mfu"] = tokens_per_second * model.flops_per_token(1 - unserved) / (peak * world_size)
             if evaluating:
-                args = settings.eval_tokens, micro_batch_size, rank, world_size, device
-                line["val_loss"] = validate(forward, val_data, *args)
+                line["val_loss"], _ = validate(forward, val_data, *validation)
                 is_best = line["val_loss"] < best
                 best = min(best, line["val_loss"])
             if is_main:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -174,6 +175,7 @@ class Router(nn.Module):
     turns logits z (N, M) fp32 into scores (N, M) fp32. No expert serves a pair whose score is exactly 0.
 
     `bias` only sways the choice, never the gates; it is zero unless balance="bias" moves it (UniPool.update_bias).
+    `seen` (M,) multiplies the scores: 1 everywhere, unless UniPool.lock takes from this layer what others own.
     """
 
     def __init__(self, n_embd, n_expert, top_k):
@@ -182,12 +184,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_expert, n_embd))
         nn.init.normal_(self.weight, std=n_embd**-0.5)  # for use by itself; UniPool.init_weights draws it anew
         self.register_buffer("bias", torch.zeros(n_expert))
+        self.register_buffer("seen", torch.ones(n_expert))
 
     def forward(self, x):
         """x: (N, C) -> gates (N, k) fp32, experts (N, k) int64, scores (N, M) fp32, computed in fp32 throughout."""
         with torch.autocast(x.device.type, enabled=False):
-            scores = self.score(F.linear(x.float(), self.weight.float()))  # (N, M)
-        experts = (scores + self.bias).topk(self.top_k, dim=-1).indices  # (N, k)
+            scores = self.score(F.linear(x.float(), self.weight.float())) * self.seen  # (N, M)
+        choices = (scores + self.bias).masked_fill(self.seen == 0, -math.inf)
+        experts = choices.topk(self.top_k, dim=-1).indices  # (N, k)
         return scores.gather(-1, experts), experts, scores  # the gate is the score itself, not normalised again
 
 
@@ -316,6 +320,29 @@ def pool_balance_loss(f, P):
     """Eq. 5 (= Eq. 6): the layers TOGETHER spread their tokens evenly; each may specialise. (L, M), (L, M) -> ()."""
     f_bar, P_bar = f.detach().mean(dim=0), P.mean(dim=0)  # (M,) each, Eq. 4
     return f.size(1) * (f_bar * P_bar).sum()  # Eq. 5
+
+
+def cardinality_loss(P, n_owned):
+    """UniPool-lock: (1/L) sum_l (H_l - log K)^2, with H_l the entropy of layer l's mean scores, normalised to sum to 1.
+
+    It asks each layer to use about K = n_owned experts (exp H_l is how many it uses). P: (L, M) -> ().
+    """
+    p = P / (P.sum(dim=1, keepdim=True) + 1e-8)
+    H = -(p * (p + 1e-8).log()).sum(dim=1)  # (L,)
+    return (H - math.log(n_owned)).square().mean()
+
+
+def assign_experts(usage):
+    """UniPool-lock: which layer owns which expert. usage: (L, M), the f of each layer -> owned (L, M) bool.
+
+    Each layer gets M / L experts and each expert one layer, so that what layers send to their own is the most possible:
+    a balanced assignment problem, in which each layer stands for M / L rows.
+    """
+    L, M = usage.shape
+    row, expert = linear_sum_assignment(usage.cpu().double().repeat_interleave(M // L, dim=0), maximize=True)
+    owned = torch.zeros(L, M, dtype=torch.bool)
+    owned[row // (M // L), expert] = True
+    return owned
 
 
 BALANCES = {"pool": pool_balance_loss, "layer": layer_balance_loss, "bias": None, "none": None}
@@ -464,6 +491,17 @@ class UniPool(nn.Module):
         vectors = [p for p in self.parameters() if p.dim() <= 1]
         groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+    @torch.no_grad()
+    def lock(self, owned, progress):
+        """UniPool-lock: scores of experts that a layer does not own fade by a cosine, from 1 at progress 0 to 0 at 1.
+
+        owned: (L, M) bool, as assign_experts gives it. The norm in Eq. 7 stays that of all M logits, so that no score
+        jumps; at progress 1 those experts are never chosen.
+        """
+        fading = (1 + math.cos(math.pi * progress)) / 2 if progress < 1 else 0.0
+        for block, own in zip(self.blocks, owned):
+            block.router.seen.copy_(torch.where(own, 1.0, fading))
 
     @torch.no_grad()
     def update_bias(self, usage):
