@@ -2313,7 +2313,8 @@ METHODS_AT_182M = {
     "dense": (0, 1, 1, "norm", "none"), "vanilla": (96, 12, 1, "softmax", "layer"),
     "vanilla-norm": (96, 12, 1, "norm", "layer"), "vanilla-sigmoid": (96, 12, 1, "sigmoid", "bias"),
     "shared-layer-softmax": (96, 1, 1, "softmax", "layer"), "shared-pool-softmax": (96, 1, 1, "softmax", "pool"),
-    "unipool": (96, 1, 1, "norm", "pool"), "unipool-67": (64, 1, 1, "norm", "pool"),
+    "unipool": (96, 1, 1, "norm", "pool"), "lock": (96, 1, 1, "norm", "pool"), "random": (96, 1, 1, "norm", "pool"),
+    "unipool-67": (64, 1, 1, "norm", "pool"),
     "unipool-50": (48, 1, 1, "norm", "pool"), "unipool-42": (40, 1, 1, "norm", "pool"),
     "g6": (96, 6, 1, "norm", "pool"), "g4": (96, 4, 1, "norm", "pool"), "g2": (96, 2, 1, "norm", "pool"),
     "vanilla-16": (192, 12, 2, "softmax", "layer"), "vanilla-32": (384, 12, 4, "softmax", "layer"),
@@ -2322,15 +2323,20 @@ METHODS_AT_182M = {
 
 
 def test_methods_are_the_papers_and_are_told_apart():
+
+    def label_of(config, **settings):
+        settings = asdict(train.Settings(**settings))
+        return compare.label_of(dict(config=asdict(config), settings=settings), "out")
+
     methods = compare.methods(12)
     assert methods.keys() == METHODS_AT_182M.keys()
     for name, expected in METHODS_AT_182M.items():
         config = UniPoolConfig.from_scale("182m", methods[name].arch, **methods[name].flags)
         assert tuple(getattr(config, field) for field in compare.ROUTING) == expected, name
-        assert compare.label_of(config, "out") == methods[name].label
-    assert compare.label_of(UniPoolConfig.from_scale("182m", n_expert=50), "out") == "out", "none of the paper's"
+        assert label_of(config, **methods[name].lock) == methods[name].label
+    assert label_of(UniPoolConfig.from_scale("182m", n_expert=50)) == "out", "none of the paper's"
     for scale, n_expert in {"469m": 96, "650m": 144, "830m": 160}.items():  # the paper's reduced pools
-        label = compare.label_of(UniPoolConfig.from_scale(scale, n_expert=n_expert), "out")
+        label = label_of(UniPoolConfig.from_scale(scale, n_expert=n_expert))
         assert label == ("UniPool, 42% pool" if scale == "830m" else "UniPool, 50% pool")
     assert len({method.colour for method in methods.values()}) == len(methods), "one colour a method"
 
@@ -2524,6 +2530,22 @@ def test_routing_statistics_against_counts(n_pool, top_k, text_data):
         p = np.array(loads[g * M : (g + 1) * M]) / sum(loads[g * M : (g + 1) * M])
         entropies.append(np.exp(-sum(x * np.log(x) for x in p if x)) / M)
     assert figures["utilisation"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    if n_pool == 1:
+        own = [[expert for expert, owner in enumerate(figures["owner"]) if owner == l] for l in range(L)]
+        assert [len(experts) for experts in own] == [2] * L
+        assert figures["covered"] == pytest.approx([sum(shares[l][i] for i in own[l]) for l in range(L)])
+
+
+def test_probe_of_a_locked_model(text_data):
+    """Its owners are found, serve all, and random choices stay among them."""
+    model, owned = small_model(vocab_size=320).eval(), partition(4, 8)
+    model.lock(owned, 1)
+    for block in model.blocks:
+        block.router = probe.WatchedRouter(block.router)
+    data = prepare_pile.TokenData(text_data, "val", prepare_pile.read_meta(text_data, 320), 16, 320)
+    figures = probe.probe(model, data, 512, 2, torch.device("cpu"), "test")
+    assert figures["owner"] == owned.int().argmax(dim=0).tolist() and figures["covered"] == pytest.approx([1] * 4)
+    assert figures["probe"].keys() == {"uniform"} and owned[3][model.blocks[3].router.seen[-1][0]].all()
 
 
 @pytest.mark.parametrize("n_pool, top_k", [(1, 1), (2, 2), (4, 1)])
@@ -2649,7 +2671,7 @@ def test_bench_as_a_command(tmp_path, capsys):
     flags = ["--shapes", "tiny:256", "--steps=1", "--device=cpu", f"--results={tmp_path}"]
     bench.main(flags)
     results = json.loads((tmp_path / "bench_train_cpu.json").read_text())["results"]
-    assert results["tiny:256"].keys() == {"unipool", "unipool, autograd", "vanilla", "dense"}
+    assert results["tiny:256"].keys() == set(bench.COLOURS)
     assert results["tiny:256"]["dense"]["times dense"] == [1, 1, 1] and is_picture(tmp_path / "bench_train_cpu.png")
     assert (tmp_path / "bench_generate_cpu.json").exists()
     for shape in ("tiny:200", "1b:256", "12x7:256", "0x0:256", "tiny"):

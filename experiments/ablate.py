@@ -6,7 +6,7 @@
 
 Flags that are not listed below go to train.py, for every run alike. Runs are kept in --runs/METHOD-SEED: stopped and
 started again, those that are done are skipped and the others go on. One seed gives all methods the same order of the
-data, so differences are taken seed by seed. Groups of methods: main, table5, granularity.
+data, so differences are taken seed by seed. Groups of methods: main, table5, lock, granularity.
 """
 
 import json
@@ -33,6 +33,7 @@ GROUPS = {
     "main": ["dense", "vanilla", "unipool", "unipool-67", "unipool-50"],
     "table5": ["vanilla", "vanilla-norm", "vanilla-sigmoid", "shared-layer-softmax", "shared-pool-softmax", "unipool",
                "g6", "g4", "g2"],
+    "lock": ["vanilla", "unipool", "lock", "random"],
     "granularity": ["vanilla", "unipool", "vanilla-16", "unipool-16", "vanilla-32", "unipool-32"],
 }  # fmt: skip
 BASELINE = "vanilla"
@@ -103,7 +104,7 @@ def choose_runs(groups, seeds, given, folder):
 
     given: the flags of all of them, as parse_flags gives them.
     """
-    for name in ("arch", "seed", "out_dir", "resume", *ROUTING):
+    for name in ("arch", "seed", "out_dir", "resume", "lock", "lock_random", *ROUTING):
         if name in given:
             raise BadInput(f"--{name}={given[name]} belongs to the method or the run: give --methods, --seeds, --runs")
     n_layer, flags = settle(given, None)[1].n_layer, {}
@@ -113,7 +114,8 @@ def choose_runs(groups, seeds, given, folder):
         method = methods(n_layer)[name]
         n_pool = method.flags.get("n_pool", 1)
         if n_pool == 1 or (n_pool < n_layer and n_layer % n_pool == 0):
-            flags[name] = given | dict(arch=method.arch) | method.flags
+            lock = dict(lock=0.2) if "lock" in method.lock and given.get("scale", "tiny") == "tiny" else method.lock
+            flags[name] = given | dict(arch=method.arch) | method.flags | lock
         else:
             print(f"{name} is left out: {n_pool} pools do not share {n_layer} layers evenly", file=sys.stderr)
     if not flags:

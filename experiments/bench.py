@@ -41,7 +41,8 @@ CPU_SHAPES = ["tiny:2048", "tiny:4096", "tiny:8192", "12x96:2048", "12x96:8192",
 GPU_SHAPES = [f"{scale}:{tokens}" for scale in ("182m", "469m") for tokens in (16384, 32768, 65536)]
 WARM_UP = 2  # rounds that do not count
 MIN_ROUNDS = 5
-COLOURS = {"unipool": "tab:blue", "unipool, autograd": "lightsteelblue", "vanilla": "tab:orange", "dense": "tab:gray"}
+COLOURS = {"unipool": "tab:blue", "unipool, autograd": "lightsteelblue", "unipool, locked": "crimson",
+           "vanilla": "tab:orange", "dense": "tab:gray"}  # fmt: skip
 
 
 def compare(functions, args, label, amount=None, unit=None, against=()):
@@ -180,8 +181,15 @@ def make_step(shape, arch, device):
     compiled = torch.compile(model) if device.type == "cuda" else model
     idx = torch.randint(config.vocab_size, (tokens // config.block_size, config.block_size + 1), device=device)
 
-    def step(one_pass=True):
-        model.one_pass = one_pass
+    everything, own = torch.ones(2, config.n_layer, config.n_expert, dtype=torch.bool, device=device)
+    own &= torch.arange(config.n_expert, device=device) % config.n_layer == torch.arange(config.n_layer)[:, None].to(
+        device
+    )
+
+    def step(variant="unipool"):
+        model.one_pass = "autograd" not in variant
+        if arch == "unipool":
+            model.lock(own if "locked" in variant else everything, progress=1)
         training_step(compiled, optimizer, idx)
         wait(device)
 
@@ -197,11 +205,11 @@ def bench_shape(shape, device, args):
         with contextlib.suppress(torch.OutOfMemoryError):
             model, _, step = make_step(shape, arch, device)
             for name in [name for name in COLOURS if name.startswith(arch)]:
-                turn = functools.partial(step, one_pass=name == arch)
+                turn = functools.partial(step, name)
                 turn()
                 steps[name], flops[name] = turn, model.flops_per_token()
     tokens, peak = config_of(shape, "unipool")[1], peak_flops(device)
-    figures = compare(steps, args, shape, tokens, "tokens", ["dense", "unipool, autograd"])
+    figures = compare(steps, args, shape, tokens, "tokens", ["dense", "vanilla", "unipool, autograd"])
     for name in figures if peak else []:
         figures[name]["MFU"] = figures[name]["tokens per second"][1] * flops[name] / peak
     return {name: figures.get(name, dict(seconds="no room")) for name in COLOURS}
@@ -219,14 +227,14 @@ def draw_train(results, where):
     fig = Figure(figsize=(9, 3.8))
     ax = fig.subplots()
     for i, (name, colour) in enumerate(COLOURS.items()):
-        xs = np.arange(len(results)) + (i - 1.5) / 5
+        xs = np.arange(len(results)) + (i - 2) / 6
         times = [figures[name].get("times dense", [math.nan] * 3) for figures in results.values()]
         low, median, high = np.array(times).T
-        bars = ax.bar(xs, median, 0.19, yerr=[median - low, high - median], color=colour, label=name)
-        ax.bar_label(bars, fmt="%.2f", label_type="center", fontsize=7)
+        bars = ax.bar(xs, median, 0.16, yerr=[median - low, high - median], color=colour, label=name)
+        ax.bar_label(bars, fmt="%.2f", label_type="center", fontsize=6)
     ax.set_xticks(range(len(results)), [shape.replace(":", "\n") + " tokens" for shape in results], fontsize=8)
     ax.set(ylabel="tokens per second, dense = 1", title=f"Training step against the dense twin ({where})")
-    fig.legend(loc="outside lower center", ncols=4)
+    fig.legend(loc="outside lower center", ncols=5)
     return fig
 
 

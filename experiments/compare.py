@@ -24,6 +24,9 @@ from unipool import UniPoolConfig
 ROUTING = ("n_expert", "n_pool", "top_k", "router", "balance")  # the fields in which methods differ
 
 
+LOCK = 0.0333  # the paper's share of the run; of tiny's, which begins with 18 steps of warm-up, ablate.py takes 0.2
+
+
 class Method(NamedTuple):
     """A row of the paper's tables."""
 
@@ -31,6 +34,7 @@ class Method(NamedTuple):
     colour: str  # in every picture: blue what shares one pool, orange what is vanilla, green what lies between
     arch: str
     flags: dict  # of UniPoolConfig, beyond what arch sets
+    lock: dict = {}  # --lock or --lock_random
 
 
 def methods(n_layer):
@@ -40,11 +44,13 @@ def methods(n_layer):
         "dense": ("dense", "tab:gray", "dense", {}),
         "vanilla": ("vanilla", "tab:orange", "vanilla", {}),
         "vanilla-norm": ("vanilla, NormRouter", "goldenrod", "vanilla", dict(router="norm")),
-        "vanilla-sigmoid": ("vanilla, sigmoid, bias", "tab:brown", "vanilla", dict(router="sigmoid", balance="bias")),
+        "vanilla-sigmoid": ("vanilla, sigmoid, bias", "sienna", "vanilla", dict(router="sigmoid", balance="bias")),
         "shared-layer-softmax": ("shared, layer loss, softmax", "yellowgreen", "unipool",
                                  dict(router="softmax", balance="layer")),
         "shared-pool-softmax": ("shared, pool loss, softmax", "tab:green", "unipool", dict(router="softmax")),
         "unipool": ("UniPool", "tab:blue", "unipool", {}),
+        "lock": ("UniPool-lock", "crimson", "unipool", {}, dict(lock=LOCK)),
+        "random": ("random owners", "tab:brown", "unipool", {}, dict(lock_random=True)),
         "unipool-67": ("UniPool, 67% pool", "deepskyblue", "unipool", dict(n_expert=round(M * 2 / 3))),
         "unipool-50": ("UniPool, 50% pool", "mediumpurple", "unipool", dict(n_expert=M // 2)),
         "unipool-42": ("UniPool, 42% pool", "orchid", "unipool", dict(n_expert=round(M * 5 / 12))),
@@ -69,9 +75,14 @@ def colour_of(label, labels):
     return own.get(label) or OTHER_COLOURS[others.index(label) % len(OTHER_COLOURS)]
 
 
-def label_of(config, folder):
-    """What the paper calls the method that a UniPoolConfig is an example of; None of them: the run's folder."""
+def label_of(checkpoint, folder):
+    """What the paper calls the method that a checkpoint is an example of; None of them: the run's folder."""
+    config, settings = UniPoolConfig(**checkpoint["config"]), checkpoint["settings"]
     for method in methods(config.n_layer).values():
+        if bool(settings["lock"]) != ("lock" in method.lock) or settings["lock_random"] != (
+            "lock_random" in method.lock
+        ):
+            continue
         with contextlib.suppress(ValueError):  # G = 6 pools for 4 layers
             example = UniPoolConfig.from_scale("182m", method.arch, n_layer=config.n_layer, **method.flags)
             if all(getattr(config, field) == getattr(example, field) for field in ROUTING):
@@ -137,7 +148,7 @@ def main(argv=None):
             raise BadInput(f"--key={args.key}: not in {folder}/metrics.jsonl, which has {', '.join(lines[-1])}")
         label = str(folder)
         if path.exists():
-            label = label_of(UniPoolConfig(**load_checkpoint(path, mmap=True)["config"]), folder)
+            label = label_of(load_checkpoint(path, mmap=True), folder)
         tokens, values = zip(*points.items())
         step = next(line["step"] for line in lines if line["tokens"] == tokens[-1])
         rows.append([label, folder, f"{step:,}", f"{values[-1]:.4f}", f"{min(values):.4f}"])

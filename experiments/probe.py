@@ -7,6 +7,7 @@ Utilisation   how often each expert serves each layer, and what that adds up to 
 Unserved      share of the (token, choice) pairs whose gate is 0: no expert serves them, and no other figure counts them
 Reuse         how many different experts a token meets on its way up, and how many layers an expert serves
 Scale         NormRouter's sigma, and what a token's scores and its k gates add up to, layer by layer
+Covered       the part of a layer's pairs that is served by the experts --lock would give it ("owner" in the JSON)
 Probe         what it costs to choose at random in one layer of the deeper half at a time: uniformly over all experts
               that the layer can choose from, or ("matched") over the 8 (times top-k) that it uses most. The gates stay
               those that the router gave to its own choices, so that nothing but the choice of experts changes.
@@ -27,6 +28,7 @@ from command import BadInput, run_command
 from experiments.common import ExperimentParser, at_least, machine, markdown, save, spread
 from experiments.compare import colour_of, label_of
 from prepare_pile import TokenData, read_meta
+from unipool import assign_experts
 
 MATCHED = 8  # experts of the matched probe for each choice of a token: vanilla has 8 a layer at top-1
 TOKENS_AT_ONCE = 4096  # of a forward pass, whose logits are held
@@ -117,6 +119,11 @@ def measure(model, data, indices, device, bar):
     experts, gates, score_sums = (torch.stack(tensors) for tensors in zip(*of_layers))
     figures = dict(tokens=len(indices) * data.block_size, loss=loss, accuracy=accuracy)
     figures |= routing_statistics(model.config, experts, gates, score_sums)
+    if model.config.n_pool == 1 and model.config.n_expert % model.config.n_layer == 0:
+        shares = torch.tensor(figures["shares"])
+        owned = assign_experts(shares)  # of a locked model those that it has, which serve all
+        figures["owner"] = owned.int().argmax(dim=0).tolist()
+        figures["covered"] = (shares * owned).sum(dim=1).tolist()
     if model.config.router == "norm":
         figures["sigma"] = [block.router.router.sigma.item() for block in model.blocks]
     return figures
@@ -126,8 +133,9 @@ def probe(model, data, tokens, draws, device, label):
     """The figures of measure(), and "probe": {way: {layer: changes of loss and accuracy, one of each draw}}."""
     config, indices = model.config, train.validation_indices(data, tokens)
     deeper, M = range(config.n_layer // 2, config.n_layer), config.experts_per_pool
+    choosable = int((model.blocks[0].router.router.seen > 0).sum())  # fewer than M once the layers own their experts
     matched = MATCHED * config.top_k
-    ways = {"uniform": M} | ({"matched": matched} if M > matched else {})
+    ways = {"uniform": choosable} | ({"matched": matched} if choosable > matched else {})
     passes = 1 + len(ways) * len(deeper) * draws
     with tqdm(total=passes * len(indices) * data.block_size, desc=label, unit="token", unit_scale=True,
               mininterval=0.5 if sys.stderr.isatty() else 10) as bar:  # fmt: skip
@@ -136,7 +144,7 @@ def probe(model, data, tokens, draws, device, label):
         for way, n_allowed in ways.items():
             for l in deeper:
                 router, own = model.blocks[l].router, l * config.n_pool // config.n_layer * M
-                used = torch.tensor(figures["shares"][l][own : own + M], device=device)
+                used = torch.tensor(figures["shares"][l][own : own + M], device=device) + router.router.seen.sign()
                 router.allowed, changes = used.topk(n_allowed).indices, []
                 for draw in range(draws):
                     router.generator = torch.Generator(device).manual_seed(draw)
@@ -162,6 +170,7 @@ def table(results):
         ["layers that use an expert*, mean", *(f"{np.mean(f['layers_of_expert']):.2f}" for f in runs)],
     ]
     for name, key in (("pairs that no expert serves", "unserved"), ("sigma", "sigma"),
+                      ("served by the layer's own experts, as --lock would give them", "covered"),
                       ("sum of a token's scores", "score_sum"), ("sum of its gates", "gate_sum")):  # fmt: skip
         cells = [" ".join(f"{value:.2f}" for value in f.get(key, [])) for f in runs]
         rows.append([f"{name}, from the lowest layer up", *cells])
@@ -236,7 +245,7 @@ def main(argv=None):
     about, results = machine(device), {}
     for folder in args.runs:
         checkpoint, model, data = load_run(Path(folder) / args.ckpt, device, args.data_dir)
-        label = label_of(model.config, folder)
+        label = label_of(checkpoint, folder)
         label = f"{label} ({folder})" if label in results else label
         run = dict(run=str(folder), step=checkpoint["step"], seed=checkpoint["settings"]["seed"],
                    experts_per_pool=model.config.experts_per_pool)  # fmt: skip
