@@ -1737,6 +1737,7 @@ def test_a_run_that_locks(text_data, tmp_path):
     for step in (4, 5, 6, 7):
         fading = (1 + math.cos(math.pi * min(1, (step - 3) / 4))) / 2
         assert_close(seen[step], torch.where(owned, 1.0, fading), f"step {step}")
+        assert metrics[step - 1]["others_seen"] == pytest.approx(fading, abs=1e-6)
     model = train.load_model(torch.load(at_step(straight, 3)), "", torch.device("cpu"))
     data = prepare_pile.TokenData(text_data, "val", prepare_pile.read_meta(text_data, 320), 32, 320)
     tokens = torch.from_numpy(data.sequences(train.validation_indices(data, 2048, 8)))

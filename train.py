@@ -487,9 +487,9 @@ def trim_metrics(path, step):
 
 @contextlib.contextmanager
 def in_use(out_dir):
-    """Keep other runs out of the folder meanwhile. Raises BadInput if one is in it."""
+    """Make the folder and keep other runs out of it meanwhile. Raises BadInput if one is in it, and OSError."""
     try:
-        with filelock.FileLock(f"{out_dir}.lock", timeout=0) as lock:  # this makes the folder above, too
+        with filelock.FileLock(out_dir / ".lock", timeout=0) as lock:
             try:
                 yield
             finally:
@@ -584,7 +584,6 @@ def run(argv, at_end):
     if is_main:
         try:
             at_end.enter_context(in_use(out_dir))
-            out_dir.mkdir(parents=True, exist_ok=True)
             for path in damaged:
                 os.replace(path, path.with_suffix(".damaged"))
             trim_metrics(metrics_path, step) if resuming else keep_earlier_run(out_dir)
@@ -689,6 +688,8 @@ def run(argv, at_end):
                         skipped_steps=n_skipped)  # fmt: skip
             if config.n_expert:
                 line |= routing_figures(model, usage, scores)
+            if locking:
+                line["others_seen"] = model.blocks[0].router.seen.min().item()  # 1 until the anneal, 0 after it
             unserved = line.get("unserved", 0)
             if unserved > 0.5 and not warned and is_main:
                 warned = True
