@@ -280,7 +280,10 @@ def write_folder(folder, shards, at_least, meta, max_tokens, skip_bad, workers, 
             raise BadInput(f"--val_fraction={meta['val_fraction']} gives {found.format(**meta)}: {mend}")
     finally:
         if meta["parts"] == 0:  # nothing to go on from
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in [path for name in ("train_*.bin*", "val_*.bin*", "unfinished.*") for path in folder.glob(name)]:
+                path.unlink()
+            with contextlib.suppress(OSError):  # somebody else's file is in it
+                folder.rmdir()
     os.replace(unfinished, folder / "meta.json")
 
 
@@ -297,7 +300,9 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     if max_tokens < 1 or workers < 1:
         raise BadInput(f"--max_tokens={max_tokens} and --workers={workers} must be at least 1")
     vocab_size = get_tokenizer(tokenizer).n_vocab  # what is wrong with it is said before anything is written
-    shards = find_shards(sources)
+    made = os.path.realpath(folder)  # what an unfinished preparation has left below a source is no source
+    shards = [shard for shard in find_shards(sources)
+              if not os.path.realpath(str(shard)).startswith((made + os.sep, made + ".lock"))]  # fmt: skip
     sizes = [4.5 * PAPER_TOKENS] if kind == "pile" else [os.path.getsize(path) for path in shards]
     at_least = min(max_tokens, sum(sizes) / 4.5)  # gpt2 has the longest tokens, of about 4.5 bytes
     decisive = json.dumps([shards, sizes, tokenizer, val_fraction, max_tokens, piece])  # for the bytes that are written

@@ -474,10 +474,11 @@ def test_the_anneal_of_a_lock():
     before = model(idx)
     model.lock(owned, 0)
     assert_close(model(idx).logits, before.logits, "at 0", rtol=0, atol=0)
-    for progress, seen in ((1 / 3, 0.75), (1 / 2, 0.5), (2 / 3, 0.25), (1, 0.0)):
+    for progress, seen in ((1e-9, 1 - 2**-24), (1 / 3, 0.75), (1 / 2, 0.5), (2 / 3, 0.25), (1, 0.0)):
         model.lock(owned, progress)
         for block, own in zip(model.blocks, owned):
             assert_close(block.router.seen, torch.where(own, 1.0, seen), f"at {progress}")
+            assert torch.equal(block.router.seen == 1, own), "a run that is resumed finds the owners so"
     router, x = model.blocks[0].router, torch.randn(50, 32)
     _, experts, scores = router(x)
     assert owned[0][experts].all() and (scores[:, ~owned[0]] == 0).all()
@@ -1191,6 +1192,15 @@ def test_preparing_goes_on_after_an_error(tmp_path, monkeypatch, capsys):
     assert first.stat().st_ino == before, "a finished part was made again"
     prepared(source, tmp_path / "whole", skip_bad=True)
     assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_preparing_below_its_own_source_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_pile, "PART_BYTES", 8_000)
+    write_jsonl(tmp_path / "a.jsonl", more=b"broken\n")
+    for skip_bad in (False, True):
+        with contextlib.nullcontext() if skip_bad else pytest.raises(BadInput, match="line 61"):
+            meta = prepared(tmp_path, tmp_path / "data", skip_bad=skip_bad)
+    assert meta["train_documents"] + meta["val_documents"] == 60 and meta["skipped_documents"] == 1
 
 
 def test_preparing_checks_the_disk_first(tmp_path, monkeypatch):
@@ -2033,7 +2043,7 @@ def test_bad_values_of_train(flag, named, text_data, capsys, tmp_path):
      "--router=norm --arch=dense", "--top_k=1 --arch=dense", "--n_pool=1 --arch=dense", "--balance_coef=1 --arch=dense",
      "--bias_rate=0.1", "--balance_coef=0.1 --balance=none",
      "--lock=1", "--lock=0.001", "--lock=0.5 --lock_random", "--lock=0.5 --n_pool=2", "--lock=0.5 --router=softmax",
-     "--lock=0.5 --n_expert=30", "--lock=0.5 --n_expert=8 --top_k=3"],
+     "--lock=0.5 --balance=layer", "--lock=0.5 --n_expert=30", "--lock=0.5 --n_expert=8 --top_k=3"],
 )  # fmt: skip
 def test_bad_flags_of_train(flags, text_data, capsys, tmp_path, monkeypatch):
     """A flag that is unknown, or not written out, and numbers that are out of range or do not go together."""
@@ -2830,11 +2840,14 @@ def test_export_keeps_every_weight_and_each_pool_once(tmp_path, capsys):
 ])  # fmt: skip
 def test_transformers_computes_the_same(fields, tmp_path):
     """Both ways: transformers loads what we write, and we what it saves."""
-    pytest.importorskip("safetensors", reason="an extra: pip install safetensors")
-    transformers = pytest.importorskip("transformers", reason="an extra: pip install transformers")
     model = trained_like(small_model(**fields))
+    config, state = export.from_transformers(*export.to_transformers(model.config, model.state_dict()))
+    again = UniPool.from_checkpoint(dict(config=asdict(config), model=state))
     idx = random_tokens(model.config)
     logits = model(idx).logits
+    assert_close(again(idx).logits, logits, "there and back")
+    pytest.importorskip("safetensors", reason="an extra: pip install safetensors")
+    transformers = pytest.importorskip("transformers", reason="an extra: pip install transformers")
     assert_close(export_and_load(model, tmp_path / "run", "--format=transformers")(idx).logits, logits, "read back")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "run" / "export", dtype=torch.float32, output_loading_info=True

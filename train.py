@@ -156,10 +156,11 @@ def lock_steps(settings, config):
         return None
     flags = f"--lock={settings.lock} --lock_random={settings.lock_random}"
     K, left = divmod(config.n_expert, config.n_layer)
-    if config.n_pool > 1 or config.router != "norm" or left or not config.top_k <= K:
-        raise BadInput(f"{flags} needs n_pool=1, router=norm and equally many experts, top_k or more, for each layer: "
-                       f"n_pool={config.n_pool}, router={config.router}, n_expert={config.n_expert}, "
-                       f"n_layer={config.n_layer}, top_k={config.top_k} do not fit")  # fmt: skip
+    if (config.n_pool, config.router, config.balance) != (1, "norm", "pool") or left or not config.top_k <= K:
+        names = ("n_pool", "router", "balance", "n_expert", "n_layer", "top_k")
+        found = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        raise BadInput(f"{flags} needs n_pool=1, router=norm, balance=pool, equally many experts for each layer, at "
+                       f"least top_k: not {found}")  # fmt: skip
     locked = round(settings.lock * settings.decay_steps)
     if settings.lock and (settings.lock_random or locked < 2):
         raise BadInput(f"{flags}: give one of them, and to --lock at least two steps of --decay_steps")
@@ -366,7 +367,8 @@ def load_checkpoint(path, mmap=False, verify=False):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         for name in ("model", "optimizer", "tokenizer", "step", "position", "rng", "best", "validated", "skipped"):
             checkpoint[name]
-        UniPoolConfig(**checkpoint["config"]), Settings(**checkpoint["settings"])
+        UniPoolConfig(**checkpoint["config"])
+        checkpoint["settings"] = asdict(Settings(**checkpoint["settings"]))  # newer flags at their defaults
     except Exception as error:  # damaged bytes fail in as many ways as there are places to damage
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         raise BadInput(f"{path} is damaged, cut short or no checkpoint of train.py ({reason}): use another") from None

@@ -499,7 +499,9 @@ class UniPool(nn.Module):
         owned: (L, M) bool, as assign_experts gives it. The norm in Eq. 7 stays that of all M logits, so that no score
         jumps; at progress 1 those experts are never chosen.
         """
-        fading = (1 + math.cos(math.pi * progress)) / 2 if progress < 1 else 0.0
+        fading = 0.0 if progress >= 1 else (1 + math.cos(math.pi * progress)) / 2
+        if progress > 0:
+            fading = min(fading, 1 - 2**-24)  # below 1 also in fp32: who sees an expert fully, owns it
         for block, own in zip(self.blocks, owned):
             block.router.seen.copy_(torch.where(own, 1.0, fading))
 

@@ -105,7 +105,12 @@ def from_transformers(theirs, tensors):
     if left:
         raise ValueError(f"it has {left[0]}, for which a UniPool has no place")
     state |= {name: torch.stack(weights) for name, weights in experts.items()}
-    state |= {f"blocks.{l}.router.bias": torch.zeros(config.experts_per_pool) for l in range(n_layer) if sparse}
+    for l in range(n_layer if sparse else 0):
+        router = f"blocks.{l}.router"
+        state |= {
+            f"{router}.bias": torch.zeros(theirs["num_experts"]),
+            f"{router}.seen": torch.ones(theirs["num_experts"]),
+        }
     return config, state
 
 
