@@ -569,6 +569,12 @@ def another_use(model):
     return after[-1].square().sum() + weights[1].square().sum()
 
 
+def locked(model):
+    """Most experts serve one layer alone, and the layer sees no others."""
+    model.lock(partition(4, 8), 1)
+    return training_loss(model)
+
+
 def frozen_weights(model):
     model.pools[0].gate_up.requires_grad_(False)
     model.pools[1].down.requires_grad_(False)
@@ -595,6 +601,7 @@ def gradients(model, loss=training_loss, one_pass=True):
     (another_use, dict()),
     (lambda model: model.pools[0].weights(model.one_pass)[1].sum(), dict()),  # no layer uses the weights
     (frozen_weights, dict(n_pool=2)),
+    (locked, dict(top_k=2)),
 ])  # fmt: skip
 def test_one_pass_gives_autograds_gradient(loss, fields, way, products):
     model = small_model(**fields)
@@ -2856,6 +2863,29 @@ def test_transformers_computes_the_same(fields, tmp_path):
     assert_close(theirs.eval()(idx).logits, logits, type(theirs).__name__, rtol=1e-4, atol=1e-4)
     theirs.save_pretrained(tmp_path / "theirs")
     assert_close(export.load(tmp_path / "theirs")(idx).logits, logits, "what transformers has saved")
+
+
+def test_a_locked_model_as_a_vanilla_one():
+    """Each layer chooses the same experts; gates differ by the norm, which then runs over the layer's own logits."""
+    model, owned = trained_like(small_model()), partition(4, 8)
+    with pytest.raises(BadInput, match="--lock"):
+        export.to_vanilla(model.config, model.state_dict())
+    model.lock(owned, 1)
+    config, state = export.to_vanilla(model.config, model.state_dict())
+    vanilla = UniPool.from_checkpoint(dict(config=asdict(config), model=state))
+    assert (config.n_pool, vanilla.num_params()) == (4, model.num_params() - 4 * 6 * 32), (
+        "router rows of others are gone"
+    )
+    x = torch.randn(50, 32)
+    for theirs, ours, own in zip(vanilla.blocks, model.blocks, owned):
+        gates, experts, _ = ours.router(x)
+        their_gates, their_experts, _ = theirs.router(x)
+        served = gates > 0
+        assert torch.equal(own.nonzero()[:, 0][their_experts][served], experts[served])
+        z = x @ ours.router.weight.T
+        assert_close(their_gates, gates * (z.norm(dim=1) / z[:, own].norm(dim=1))[:, None], rtol=1e-4, atol=1e-6)
+    for name, pool in (("gate_up", model.pools[0].gate_up), ("down", model.pools[0].down)):
+        assert torch.equal(getattr(vanilla.pools[2], name), pool[owned[2]])
 
 
 def test_safetensors_is_an_extra(capsys, monkeypatch):

@@ -3,6 +3,7 @@
     pip install safetensors
     python -m experiments.export out                          # out/export: the model as it is, each pool stored once
     python -m experiments.export out --format transformers    # a dense one as Llama, one of softmax experts as Qwen2Moe
+    python -m experiments.export out --format vanilla         # a locked one as a vanilla MoE of its layers' own experts
 
 In Python, load("out/export") gives the UniPool back, from either form, and from a Llama or Qwen2Moe folder that
 transformers has saved. Qwen2Moe has no shared pools: there each layer gets a copy of its pool. No class of transformers
@@ -10,19 +11,41 @@ has a NormRouter, so a model with one keeps its own form, which transformers doe
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from command import BadInput, Parser, run_command
 from train import load_checkpoint
-from unipool import UniPool, UniPoolConfig
+from unipool import UniPool, UniPoolConfig, norm_router_scale
 
 try:
     import safetensors.torch
 except ImportError:
     safetensors = None
+
+
+def to_vanilla(config, state):
+    """(UniPoolConfig, state_dict) of a locked model with private pools: each layer keeps the experts that it owns and
+    their rows of its router. Raises BadInput.
+
+    It chooses the same experts, but not exactly their gates: NormRouter's norm ran over the logits of all M experts,
+    and those of others' experts are gone. So gates grow by ||z of all|| / ||z of the own||, token by token.
+    """
+    L, M, K = config.n_layer, config.experts_per_pool, config.n_expert // config.n_layer
+    owned = [state[f"blocks.{l}.router.seen"].nonzero()[:, 0] for l in range(L if config.n_expert else 0)]
+    if config.n_pool != 1 or any(len(own) != K for own in owned):
+        raise BadInput("--format=vanilla: layers do not own their experts: train with --lock, to its end")
+    ours = {name: tensor for name, tensor in state.items() if not name.startswith("pools.")}
+    scale = norm_router_scale(M, config.top_k) / norm_router_scale(K, config.top_k)
+    for l, own in enumerate(owned):
+        for name in ("weight", "bias", "seen"):
+            ours[f"blocks.{l}.router.{name}"] = state[f"blocks.{l}.router.{name}"][own]
+        ours[f"blocks.{l}.router.sigma"] = state[f"blocks.{l}.router.sigma"] * scale  # c is that of M experts still
+        for name in ("gate_up", "down"):
+            ours[f"pools.{l}.{name}"] = state[f"pools.0.{name}"][own]
+    return replace(config, n_pool=L), ours
 
 
 def layout(config):
@@ -134,13 +157,18 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", default="out", help="folder of a run (%(default)s)")
     parser.add_argument("--ckpt", default="ckpt.pt", help="checkpoint in it: ckpt.pt, best.pt ... (%(default)s)")
-    parser.add_argument("--format", choices=["unipool", "transformers"], default="unipool", help="(%(default)s)")
+    parser.add_argument(
+        "--format", choices=["unipool", "transformers", "vanilla"], default="unipool", help="(%(default)s)"
+    )
     parser.add_argument("--out", help="folder to write (RUN/export)")
     args = parser.parse_args(argv)
     if safetensors is None:
         raise BadInput("safetensors is missing: pip install safetensors")
     checkpoint = load_checkpoint(Path(args.run) / args.ckpt, mmap=True)
     contents, state = dict(model_type="unipool", config=checkpoint["config"]), checkpoint["model"]
+    if args.format == "vanilla":
+        config, state = to_vanilla(UniPoolConfig(**checkpoint["config"]), state)
+        contents["config"] = asdict(config)
     if args.format == "transformers":
         contents, state = to_transformers(UniPoolConfig(**checkpoint["config"]), state)
     out = Path(args.out or Path(args.run) / "export")
