@@ -1583,6 +1583,7 @@ def command(script, *flags, processes=None, cwd=HERE, background=False, **kwargs
         (2, []),
         (2, ["--shard", "--router=sigmoid", "--balance=bias"]),
         (2, ["--shard", "--decay_steps=8", "--lock=0.5"]),
+        pytest.param(2, ["--decay_steps=8", "--lock=0.5"], marks=slow),
         pytest.param(2, ["--shard"], marks=slow),
         pytest.param(4, [], marks=slow),
         pytest.param(4, ["--shard"], marks=slow),
