@@ -638,20 +638,24 @@ class PoolGradient:
         if has_grouped_mm(self.weight):
             self.records.append((ends, x, dy))
             if sum(a.numel() + b.numel() for _, a, b in self.records) > self.capacity * self.weight.numel():
-                self.total = self.take().float()  # of several products, the sum in fp32
+                self.multiply()
             return
         if self.total is None:  # in fp32, or fp64 of fp64
             self.total = torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         for x_i, dy_i, dw_i in by_expert(ends, x, dy, self.total):
             dw_i.addmm_(x_i.t().to(dw_i.dtype), dy_i.to(dw_i.dtype))
 
+    def multiply(self):
+        product, self.records = sum_of_products(self.records), []
+        self.total = product if self.total is None else self.total.float().add_(product)  # of several, in fp32
+
     def take(self):
         """The gradient, complete; None if no layer has taken part in this backward pass."""
         self.begin()
-        total, records, self.total, self.records = self.total, self.records, None, []
-        if not records:
-            return total
-        return sum_of_products(records) if total is None else total.add_(sum_of_products(records))
+        if self.records:
+            self.multiply()
+        total, self.total = self.total, None
+        return total
 
 
 def sum_of_products(records):
