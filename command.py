@@ -1,9 +1,12 @@
-"""What every command shares: errors that the user can mend end in one line, and flags are not guessed at."""
+"""What commands share: errors that the user can mend end in one line, flags are not guessed at, two do not collide."""
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
+
+import filelock
 
 
 class BadInput(Exception):
@@ -19,6 +22,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise BadInput(f"{message} (--help lists the flags)")
+
+
+@contextlib.contextmanager
+def only_one(path, taken):
+    """Hold the lock file `path`, in a folder that is made if need be. Raises `taken` if another process holds it."""
+    try:
+        with filelock.FileLock(path, timeout=0) as lock:
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows does so by itself, later
+                    os.unlink(lock.lock_file)
+    except filelock.Timeout:
+        raise taken from None
 
 
 def run_command(main, silent=lambda: False):

@@ -26,14 +26,13 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import tiktoken
 from tqdm import tqdm
 
-from command import BadInput, Parser, run_command
+from command import BadInput, Parser, only_one, run_command
 
 PILE = "monology/pile-uncopyrighted"
 PAPER_TOKENS = 60_000 * 512 * 1024  # what Table 8 trains on: steps * sequences * tokens
@@ -313,14 +312,9 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     skip_bad = skip_bad or kind == "stdlib"  # what this machine's Python holds is no fault of the user
     bar = tqdm(desc=str(folder), unit="B", unit_scale=True, disable=quiet, mininterval=0.5, delay=1)
     try:
-        with filelock.FileLock(f"{folder}.lock", timeout=0) as lock, bar:  # this makes the folder above, too
-            try:
-                write_folder(folder, shards, at_least, meta, max_tokens, skip_bad, workers, bar)
-            finally:
-                with contextlib.suppress(OSError):  # Windows does so by itself, later
-                    os.unlink(lock.lock_file)
-    except filelock.Timeout:
-        raise Taken(f"--out_dir={folder}: another process is preparing the same data: wait for it") from None
+        taken = Taken(f"--out_dir={folder}: another process is preparing the same data: wait for it")
+        with only_one(f"{folder}.lock", taken), bar:
+            write_folder(folder, shards, at_least, meta, max_tokens, skip_bad, workers, bar)
     except OSError as error:
         raise BadInput(f"--out_dir={folder} cannot be written ({error.strerror}): make room or give another") from None
     if not quiet:

@@ -50,7 +50,7 @@ def main(argv=None):
 
     path = Path(args.out_dir) / args.ckpt
     checkpoint = load_checkpoint(path, mmap=True)
-    model = load_model(checkpoint, path, device).eval()
+    model = load_model(checkpoint, path, device)
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     tokens = [tokenizer.eot_token] if prompt is None else tokenizer.encode(prompt, disallowed_special=())
     idx = torch.tensor([tokens], device=device)  # (1, T)

@@ -40,7 +40,7 @@ import prepare_pile
 import sample
 import train
 import unipool
-from command import BadInput, run_command
+from command import BadInput, only_one, run_command
 from experiments import ablate, bench, common, compare, evaluate, export, probe
 from experiments import balance as study
 from experiments.fake_gpu import WHY_NOT
@@ -1697,7 +1697,7 @@ def test_every_setting_given_on_resuming_acts(trained, tmp_path):
 
 
 def test_two_runs_in_one_folder(text_data, trained, capsys):
-    with train.in_use(trained):
+    with only_one(trained / ".lock", None):
         for flags in (["--max_steps=1"], ["--resume", "--max_steps=99"]):
             flags = [f"--data_dir={text_data}", f"--out_dir={trained}", "--device=cpu", *flags]
             fails(capsys, train.main, flags, "--out_dir", "in use", touching=trained)

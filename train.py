@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -39,8 +38,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from command import BadInput, Parser, run_command
-from prepare_pile import SOURCES, Taken, TokenData, prepare, read_meta
+from command import BadInput, Parser, only_one, run_command
+from prepare_pile import SOURCES, Taken, TokenData, new_file, prepare, read_meta
 from unipool import ARCHS, BALANCES, ROUTERS, SCALES, UniPool, UniPoolConfig, assign_experts, cardinality_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,7 +393,7 @@ def load_newest(out_dir, mmap):
 
 
 def load_model(checkpoint, path, device):
-    """The model of a checkpoint, on `device`. Raises BadInput if its weights are not those of its config."""
+    """The model of a checkpoint, on `device`, to evaluate. Raises BadInput if weights and config do not match."""
     try:
         return UniPool.from_checkpoint(checkpoint, device)
     except (TypeError, RuntimeError) as error:
@@ -482,23 +481,8 @@ def trim_metrics(path, step):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short, or damaged
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def in_use(out_dir):
-    """Make the folder and keep other runs out of it meanwhile. Raises BadInput if one is in it, and OSError."""
-    try:
-        with filelock.FileLock(out_dir / ".lock", timeout=0) as lock:
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):  # Windows does so by itself, later
-                    os.unlink(lock.lock_file)
-    except filelock.Timeout:
-        raise BadInput(f"--out_dir={out_dir} is in use by another run: wait for it, or give another") from None
+    with new_file(path) as file:
+        file.write(b"".join(kept))
 
 
 def keep_earlier_run(out_dir):
@@ -577,15 +561,13 @@ def run(argv, at_end):
     locking, K = lock_steps(settings, config), config.n_expert // config.n_layer
     freeze, locked = locking or (0, 0)
     owned = torch.stack([block.router.seen for block in model.blocks]) == 1 if locking else None  # (L, M), if resuming
-    if settings.lock_random and not resuming:
-        owned = assign_experts(torch.rand(owned.shape, generator=torch.Generator().manual_seed(settings.seed)))
-        model.lock(owned.to(device), progress=1)
 
     # ---- Logs, and signals
     metrics_path = out_dir / "metrics.jsonl"
     if is_main:
         try:
-            at_end.enter_context(in_use(out_dir))
+            taken = BadInput(f"--out_dir={out_dir} is in use by another run: wait for it, or give another")
+            at_end.enter_context(only_one(out_dir / ".lock", taken))
             for path in damaged:
                 os.replace(path, path.with_suffix(".damaged"))
             trim_metrics(metrics_path, step) if resuming else keep_earlier_run(out_dir)
@@ -622,9 +604,11 @@ def run(argv, at_end):
     model.train()
     window_start, window_tokens, warned, stopping = time.perf_counter(), 0, False, False
     while step < settings.max_steps and not stopping:
-        if locking and freeze <= step <= locked and not settings.lock_random:
+        if locking and freeze <= step <= locked:
             if step == freeze:
-                owned = assign_experts(validate(forward, val_data, *validation)[1]).to(device)
+                random = torch.rand(owned.shape, generator=torch.Generator().manual_seed(settings.seed))
+                used = random if settings.lock_random else validate(forward, val_data, *validation)[1]
+                owned = assign_experts(used).to(device)
             model.lock(owned, progress=(step + 1 - freeze) / (locked + 1 - freeze))
         # This step's sequences are the same for any number of processes; each process takes a contiguous part.
         indices = train_data.in_order(position + rank * per_process, per_process, settings.seed)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from command import BadInput, run_command
 from experiments.common import ExperimentParser, at_least, machine, markdown, save, spread
 from experiments.compare import ROUTING, colour_of, curve, draw_curves, methods, read_metrics
+from prepare_pile import new_file
 from train import parse_flags, settle
 from unipool import UniPool
 
@@ -50,9 +51,8 @@ def read_record(folder):
 
 def write_record(folder, record):
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "run.json.tmp"
-    temporary.write_text(json.dumps(record) + "\n")
-    os.replace(temporary, folder / "run.json")
+    with new_file(folder / "run.json") as file:
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 class Run:

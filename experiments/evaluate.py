@@ -98,7 +98,7 @@ def main(argv=None):
     about = machine(device)
     path = Path(args.run) / args.ckpt
     checkpoint = load_checkpoint(path, mmap=True)
-    model = load_model(checkpoint, path, device).eval()
+    model = load_model(checkpoint, path, device)
     adapter = Adapter(model, get_tokenizer(checkpoint["tokenizer"]), args.batch_size)
     manager = lm_eval.tasks.TaskManager(include_path=args.include_path)
     unknown = [task for task in args.tasks if task not in manager.all_tasks]

@@ -84,7 +84,7 @@ def routing_statistics(config, experts, gates, score_sums):
 def load_run(path, device, data_dir=None):
     """(checkpoint, model, its validation TokenData) of a checkpoint; the routers are watched. Raises BadInput."""
     checkpoint = train.load_checkpoint(path, mmap=True)
-    model = train.load_model(checkpoint, path, device).eval()
+    model = train.load_model(checkpoint, path, device)
     config, data_dir = model.config, data_dir or checkpoint["settings"]["data_dir"]
     if not config.n_expert:
         raise BadInput(f"{path} is a dense model: it has no routers to probe")
