@@ -14,6 +14,7 @@ Every field of UniPoolConfig is a flag too: --n_pool=6 shares each pool among a 
 import argparse
 import contextlib
 import copy
+import ctypes
 import itertools
 import json
 import math
@@ -211,6 +212,13 @@ def find_device(name):
         reason = str(error).split("\n")[0]
         raise BadInput(f"--device={name} cannot be used here ({reason}): give cuda, cuda:N, mps or cpu") from None
     return device
+
+
+def keep_freed_memory():
+    """Have glibc keep what a step frees for the next one: given back, it would be faulted in again, page by page."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries have no mallopt
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 def find_data(settings, device):
@@ -524,6 +532,8 @@ def run(argv, at_end):
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if world_size > 1:  # after all that can be wrong with the flags and the data, which one process then reports
         backend, own_device = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         timeout = timedelta(minutes=10)

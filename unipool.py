@@ -598,31 +598,27 @@ def grouped_product(rows, weight, ends):
     """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
     if has_grouped_mm(weight):
         return F.grouped_mm(rows, weight, offs=ends.int())
-    out = rows.new_empty(len(rows), weight.size(2))
-    for x, y, w in by_expert(ends, rows, out, weight):
+    out, sizes = rows.new_empty(len(rows), weight.size(2)), group_sizes(ends, rows)
+    for x, y, w in zip(rows.split(sizes), out.split(sizes), weight):
         torch.mm(x, w, out=y)
     return out
 
 
-def by_expert(ends, *tensors):
-    """Yields for each expert that has rows its part of every tensor: of a 3-D one (M, in, out), or of R rows."""
-    start = 0
-    for i, end in enumerate(ends.tolist()):
-        if end > start:
-            yield [tensor[i] if tensor.dim() == 3 else tensor[start:end] for tensor in tensors]
-        start = end
+def group_sizes(ends, rows):
+    """How many rows each of the M experts has, and how many are behind those of all, as a list for split()."""
+    return ends.diff(prepend=ends.new_zeros(1), append=ends.new_full((1,), len(rows))).tolist()
 
 
 # The pool's gradient in one pass. Autograd would make a full-size gradient of a weight W for each of the L layers that
 # use it, and add them up. But dW_i = sum_l X_li^T dY_li = X_i^T dY_i, with expert i's rows of all layers in X_i, dY_i:
-# so on a GPU the layers record X and dY, and one product makes dW when all have (a few, where there are too many rows
-# to keep). On a CPU each layer adds its part in place.
+# so the layers record X and dY, and when all have, one product makes dW: a grouped one on a GPU, one for each expert
+# elsewhere. Where there are too many rows to keep, a few products add up.
 
 
 class PoolGradient:
     """The gradient of a weight (M, in, out), in the making during a backward pass."""
 
-    capacity = 2  # records are multiplied early once they hold more than this many times the weight's elements
+    capacity = 8  # records are multiplied early once they hold more than this many times the weight's elements
 
     def __init__(self, weight):
         self.weight, self.backward_pass = weight, None
@@ -635,19 +631,22 @@ class PoolGradient:
     def add(self, ends, x, dy):
         """One layer's x (R, in) and dy (R, out), sorted by expert."""
         self.begin()
-        if has_grouped_mm(self.weight):
-            self.records.append((ends, x, dy))
-            if sum(a.numel() + b.numel() for _, a, b in self.records) > self.capacity * self.weight.numel():
-                self.multiply()
-            return
-        if self.total is None:  # in fp32, or fp64 of fp64
-            self.total = torch.zeros_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
-        for x_i, dy_i, dw_i in by_expert(ends, x, dy, self.total):
-            dw_i.addmm_(x_i.t().to(dw_i.dtype), dy_i.to(dw_i.dtype))
+        self.records.append((ends, x, dy))
+        if sum(a.numel() + b.numel() for _, a, b in self.records) > self.capacity * self.weight.numel():
+            self.multiply()
 
     def multiply(self):
-        product, self.records = sum_of_products(self.records), []
-        self.total = product if self.total is None else self.total.float().add_(product)  # of several, in fp32
+        records, self.records, first = self.records, [], self.total is None
+        if has_grouped_mm(self.weight):
+            product = sum_of_products(records)
+            self.total = product if first else self.total.float().add_(product)  # of several, in fp32
+            return
+        if first:  # in fp32, or fp64 of fp64
+            self.total = torch.empty_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        of_experts = [zip(*(t.split(group_sizes(ends, t)) for t in (x, dy))) for ends, x, dy in records]
+        for dw, *of_layers in zip(self.total, *of_experts):  # an expert's gradient, and its (x, dy) in each record
+            x, dy = (torch.cat(rows) if len(rows) > 1 else rows[0] for rows in zip(*of_layers))
+            dw.addmm_(x.t().to(dw.dtype), dy.to(dw.dtype), beta=0 if first else 1)
 
     def take(self):
         """The gradient, complete; None if no layer has taken part in this backward pass."""
@@ -710,7 +709,7 @@ class ExpertFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pairs, pair_of_row, ends, gate_up, down, activation):
-        rows = pairs[pair_of_row]  # (R, C)
+        rows = pairs.index_select(0, pair_of_row)  # (R, C)
         hidden = grouped_product(rows, gate_up, ends)  # (R, 2H)
         ctx.save_for_backward(rows, pair_of_row, ends, gate_up, down, hidden)
         ctx.activation = activation
@@ -724,7 +723,7 @@ class ExpertFFN(torch.autograd.Function):
     def backward(ctx, dy):
         rows, pair_of_row, ends, gate_up, down, hidden = ctx.saved_tensors
         of_gate_up, of_down = ctx.gradients
-        dy = dy[pair_of_row]  # (R, C), 0 behind ends[-1]
+        dy = dy.index_select(0, pair_of_row)  # (R, C), 0 behind ends[-1]
         h, d_hidden = with_gradient(ctx.activation, hidden, grouped_product(dy, down.mT, ends))
         of_gate_up.add(ends, rows, d_hidden)
         of_down.add(ends, h, dy)
@@ -735,7 +734,8 @@ class ExpertFFN(torch.autograd.Function):
 def by_pair(rows, pair_of_row, ends):
     """The rows back at their pairs' places; 0 for those behind ends[-1], which nothing has written."""
     rows.masked_fill_((torch.arange(len(rows), device=rows.device) >= ends[-1])[:, None], 0)
-    return torch.empty_like(rows).index_copy_(0, pair_of_row, rows)
+    row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(len(rows), device=rows.device))
+    return rows.index_select(0, row_of_pair)
 
 
 def with_gradient(function, x, dy):

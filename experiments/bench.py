@@ -1,9 +1,9 @@
-"""How fast it is: training, generation, saving, preparing data; each figure of the README's speed comes from here.
+"""How fast it is: training, generation, preparing data; each figure of the README's speed comes from here.
 
     python -m experiments.bench                                   # training and generation, at this machine's shapes
     python -m experiments.bench --shapes 182m:16384 182m:65536    # scale:tokens a step
     python -m experiments.bench --parts prepare                   # prepare_pile.py against tiktoken alone
-    python -m experiments.bench --parts save                      # what a checkpoint costs the training loop
+    python -m experiments.bench --parts transformers              # against Mixtral and OLMoE: pip install transformers
 
 What is compared takes turns, round by round, in one process, so that a machine whose speed drifts slows all alike.
 Ratios are taken within a round. Medians, with the quartiles as spread.
@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from command import BadInput, run_command
 from experiments.common import ExperimentParser, at_least, machine, markdown, save
 from prepare_pile import get_tokenizer, prepare, standard_library_files
-from train import Settings, autocast, find_device, peak_flops, save_checkpoint, shard, snapshot, whole
+from train import Settings, autocast, find_device, keep_freed_memory, peak_flops, shard, whole
 from unipool import ARCHS, SCALES, UniPool, UniPoolConfig
 
 # LxM:tokens is a model of L layers and M experts, of width 256, hidden width 1024 and context 256.
@@ -264,33 +265,47 @@ def bench_generate(device, args, context=512, new_tokens=32):
     return {f"{scale}, one sequence, after {context} tokens": figures}
 
 
-def bench_save(device, args):
-    """What a checkpoint costs the loop: a copy to CPU memory, then steps beside the thread that writes it."""
-    model, optimizer, step = make_step("182m:16384" if device.type == "cuda" else "12x96:2048", "unipool", device)
-    step()
-    writing = []
+def against_transformers(shape, device, args):
+    """Forward and backward of our vanilla MoE, and of Hugging Face's models with the same sizes and top-1."""
+    import transformers
 
-    def write(contents):
-        began = time.perf_counter()
-        save_checkpoint(Path(folder), contents, keep=1, is_best=False)
-        writing.append(time.perf_counter() - began)
+    config, tokens = config_of(shape, "vanilla")
+    sizes = dict(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_hidden,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+        max_position_embeddings=config.block_size, num_experts_per_tok=1, output_router_logits=True,
+        experts_implementation="grouped_mm", bos_token_id=None, eos_token_id=None, pad_token_id=None)  # fmt: skip
+    M = config.experts_per_pool
+    mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=M)).to(device)
+    olmoe = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, num_experts=M)).to(device)
+    ours = UniPool(config).to(device)
+    idx = torch.randint(config.vocab_size, (tokens // config.block_size, config.block_size + 1), device=device)
+    x, y = idx[:, :-1], idx[:, 1:].contiguous()
 
-    def step_while_writing():
-        """Seconds of a step, the mean over those that begin while the file is written."""
-        written = writer.submit(write, snapshot(model, optimizer, True))
-        began, steps = time.perf_counter(), 0
-        while not written.done():
-            step()
-            steps += 1
-        written.result()
-        return (time.perf_counter() - began) / steps
+    def our_loss():
+        out = ours(x, y, keep_logits=False)
+        return out.loss + config.balance_coef * out.balance_loss
 
-    functions = {"step": step, "step while writing": step_while_writing,
-                 "copy": lambda: snapshot(model, optimizer, True) and None}  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as writer:
-        figures = compare(functions, args, "save")
-    figures["writing"] = dict(seconds=quartiles(writing[WARM_UP:]))
-    return {f"a checkpoint of {12 * model.num_params() / 1e9:.2f} GB": figures}
+    def their_loss(model):
+        return model.train()(input_ids=x, labels=y, shift_labels=y, use_cache=False).loss
+
+    def step(model, loss, *of):
+        with autocast(device):
+            value = loss(*of)
+        value.backward()
+        model.zero_grad()
+        wait(device)
+
+    theirs = {type(m).__name__: functools.partial(step, m, their_loss, m) for m in (mixtral, olmoe)}
+    functions = {"vanilla, ours": functools.partial(step, ours, our_loss)} | theirs
+    return compare(functions, args, shape, tokens, "tokens", list(theirs))
+
+
+def bench_transformers(device, args):
+    if importlib.util.find_spec("transformers") is None:
+        raise BadInput("--parts=transformers needs a package: pip install transformers")
+    shapes = args.shapes or (["182m:8192"] if device.type == "cuda" else ["tiny:4096", "12x96:2048"])
+    return {shape: against_transformers(shape, device, args) for shape in shapes}
 
 
 def bench_prepare(device, args):
@@ -322,7 +337,7 @@ def bench_prepare(device, args):
     return {f"{total:.0f} MB in {threads} files, {threads} threads": figures}
 
 
-PARTS = dict(train=bench_train, generate=bench_generate, save=bench_save, prepare=bench_prepare)
+PARTS = dict(train=bench_train, generate=bench_generate, transformers=bench_transformers, prepare=bench_prepare)
 
 
 def main(argv=None):
@@ -334,6 +349,8 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda, cpu ... (the best there is)")
     args = parser.parse_args(argv)
     device = find_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     name, about = args.name, machine(device)  # before results change the working tree, which the commit's name tells
     for part in args.parts:
         results = PARTS[part](device, args)
