@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
@@ -2063,7 +2064,18 @@ def test_bad_flags_of_train(flags, text_data, capsys, tmp_path, monkeypatch):
 
 def test_batch_not_divisible_by_processes():
     with pytest.raises(BadInput, match=r"--batch_size=8 .* 3 process"):
-        train.split_batch(*train.settle(dict(batch_size=8), None), 3)
+        train.split_batch(*train.settle(dict(batch_size=8), None), 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("scale, gib, expected", [("182m", 80, (64, 1)), ("182m", 24, (16, 4)), ("469m", 80, (16, 4)),
+                                                  ("182m", 8, (1, 64))])  # fmt: skip
+def test_a_micro_batch_is_what_a_gpu_has_room_for(scale, gib, expected, monkeypatch):
+    memory = types.SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    settings, config = train.settle(dict(scale=scale), None)
+    assert train.split_batch(settings, config, 8, torch.device("cuda")) == expected, "(sequences, micro-batches)"
+    settings.micro_batch_size = 2
+    assert train.split_batch(settings, config, 8, torch.device("cuda")) == (2, 32), "a size that is given stays"
 
 
 DAMAGE = {
@@ -2199,8 +2211,8 @@ def test_no_network(function, flags, named, capsys, tmp_path, monkeypatch):
 
 
 FAKE_STEPS = """
-import json, sys, torch
-from experiments.bench import prepare_training, training_step
+import json, sys, torch, train
+from experiments.bench import predicted, prepare_training, training_step
 from experiments.fake_gpu import fake_gpu
 from experiments.memory import main, simulated
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -2245,6 +2257,12 @@ for arch in ("unipool", "vanilla", "dense"):
 config = UniPoolConfig.from_scale("tiny", vocab_size=2**15)
 results["memory"] = {name: simulated(config, *rest) for name, rest in dict(
     plain=[64], sharded=[64, 8], small=[32], recompute=[64, 1, True]).items()}
+for scale, shards in (("182m", 1), ("978m", 8)):
+    large = UniPoolConfig.from_scale(scale)
+    sequences = train.tokens_with_room(large, shards, 80 * 2**30) // large.block_size
+    results["room " + scale] = simulated(large, sequences, shards)["peak"]
+for name in ("dense", "unipool", "unipool, locked"):
+    results["roofline " + name] = predicted(name, 2**14, sequences=16)
 with fake_gpu(config):
     try:
         torch.ones(1, device="cuda").item()
@@ -2290,6 +2308,22 @@ def test_memory_as_a_command(fake_steps):
     rows = [line.split(" | ") for line in fake_steps["table"].splitlines() if line.startswith("| tiny")]
     assert [row[0] for row in rows] == ["| tiny", "| tiny --recompute", "| tiny --shard", "| tiny --shard --recompute"]
     assert all("yes" in row[-1] and row[-2] in ("forward", "backward", "optimizer") for row in rows)
+
+
+@pytest.mark.parametrize("scale", ["182m", "978m"])
+def test_what_a_gpu_has_room_for_is_what_a_step_needs(scale, fake_steps):
+    assert 0.85 < fake_steps["room " + scale] / (80 * 2**30) < 0.95, "a tenth stays free"
+
+
+def test_roofline_by_hand(fake_steps):
+    """A dense step's products and a locked one's: arithmetic, and the experts' weights that a layer reads."""
+    dense, unipool, locked = (fake_steps[f"roofline {name}"] for name in ("dense", "unipool", "unipool, locked"))
+    L, C, H, V = 12, 768, 3072, 51200
+    weights = L * (C * (C + 2 * C // 3) + C * C + 3 * C * H) + V * C  # that a token meets: attention, FFN, head
+    assert dense["products"] == pytest.approx(6 * weights * 2**14 / 800e12, rel=0.01)
+    assert 0 < locked["products, waiting for memory"] < unipool["products, waiting for memory"]
+    assert dense["rows moved"] < 0.1 * unipool["rows moved"]
+    assert unipool["optimizer"] > 0.679e9 * 28 / 3.0e12, "AdamW reads and writes 28 bytes for each weight of the pool"
 
 
 def test_memory_of_a_step_by_hand(fake_steps):

@@ -66,7 +66,7 @@ class Settings:
     decay_steps: int = flag(60_000, "where the cosine ends; not moved by --max_steps")
     warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises", low=0, high=1)
     batch_size: int = flag(512, "sequences a step, over all processes", high=2**24)
-    micro_batch_size: int | None = flag(None, "sequences a forward pass, in each process (up to 16,384 tokens)")
+    micro_batch_size: int | None = flag(None, "sequences a forward pass, in each process (what a GPU has room for)")
     lr: float = flag(5e-4, "highest learning rate", low=0, high=1e3)
     min_lr: float = flag(5e-5, "learning rate at the end of the cosine", low=0, high=1e3)
     weight_decay: float = flag(0.01, "of parameters with two or more dimensions", low=0, high=1e3)
@@ -92,7 +92,7 @@ class Settings:
 TINY = dict(max_steps=360, decay_steps=360, warmup=0.05, batch_size=32, lr=1.5e-3, min_lr=2e-4, eval_interval=90,
             eval_tokens=2**16, ckpt_interval=90, log_interval=1)  # fmt: skip
 CHOICES = dict(scale=list(SCALES), arch=ARCHS, router=list(ROUTERS), balance=list(BALANCES))
-LARGEST_MICRO_BATCH = 2**14  # tokens
+LARGEST_MICRO_BATCH = 2**14  # tokens, where there is no GPU
 SHOWN = ("val_loss", "train_loss", "tokens_per_second", "mfu", "pool_utilisation", "unserved")  # on the terminal
 ENTROPY_COEF = 5e-3  # of cardinality_loss, with --lock
 MOST_SKIPPED = 10  # steps in a row with a non-finite loss or gradient, after which the run ends
@@ -167,15 +167,30 @@ def lock_steps(settings, config):
     return locked // 2, locked
 
 
-def split_batch(settings, config, world_size):
+def tokens_with_room(config, n_shards, memory):
+    """Tokens of a micro-batch that fit into a GPU of so many bytes, a tenth of which stays free. Fitted to what
+    experiments/memory.py finds; a little too few for a dense model and with --recompute.
+    """
+    with torch.device("meta"):
+        n_params = UniPool(config).num_params()
+    of_state = n_params * (16 / n_shards + 3)  # weights, gradients, two moments; copies in bf16 and what sums need
+    of_token = (12 + 37 * config.top_k) * config.n_embd * config.n_layer  # kept by a layer for itself, and its choices
+    return int((0.9 * memory - of_state) / of_token)
+
+
+def split_batch(settings, config, world_size, device):
     """(sequences of a process's micro-batch, micro-batches of a step). Raises BadInput."""
     size = settings.micro_batch_size or 1
     if settings.batch_size % (world_size * size):
         raise BadInput(f"--batch_size={settings.batch_size} must be a multiple of {world_size * size}: {world_size} "
                        f"process(es) x --micro_batch_size={size}")  # fmt: skip
     per_process = settings.batch_size // world_size
-    if settings.micro_batch_size is None:  # the largest of at most LARGEST_MICRO_BATCH tokens that divides
-        most = max(1, LARGEST_MICRO_BATCH // config.block_size)
+    if settings.micro_batch_size is None:  # the largest that divides
+        most = LARGEST_MICRO_BATCH
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+            most = tokens_with_room(config, world_size if settings.shard else 1, memory)
+        most = max(1, most // config.block_size)
         size = max(n for n in range(1, most + 1) if per_process % n == 0)
     return size, per_process // size
 
@@ -515,9 +530,9 @@ def run(argv, at_end):
     resuming = given.get("resume", False)
     saved, ckpt_path, damaged = load_newest(out_dir, mmap=world_size > 1) if resuming else (None, None, [])
     settings, config = settle(given, saved)
-    micro_batch_size, accumulation = split_batch(settings, config, world_size)
-    per_process = micro_batch_size * accumulation  # sequences a step
     device = find_device(settings.device)
+    micro_batch_size, accumulation = split_batch(settings, config, world_size, device)
+    per_process = micro_batch_size * accumulation  # sequences a step
     if settings.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -620,8 +620,9 @@ class PoolGradient:
 
     capacity = 8  # records are multiplied early once they hold more than this many times the weight's elements
 
-    def __init__(self, weight):
-        self.weight, self.backward_pass = weight, None
+    def __init__(self, weight, dtype):
+        """weight: as it is multiplied with; dtype: of the stored one, and so of the gradient."""
+        self.weight, self.dtype, self.backward_pass = weight, dtype, None
 
     def begin(self):
         """Forget what another backward pass left: one that failed half-way, or that did not ask for this gradient."""
@@ -638,7 +639,7 @@ class PoolGradient:
     def multiply(self):
         records, self.records, first = self.records, [], self.total is None
         if has_grouped_mm(self.weight):
-            product = sum_of_products(records)
+            product = sum_of_products(records, self.dtype)
             self.total = product if first else self.total.float().add_(product)  # of several, in fp32
             return
         if first:  # in fp32, or fp64 of fp64
@@ -657,7 +658,7 @@ class PoolGradient:
         return total
 
 
-def sum_of_products(records):
+def sum_of_products(records, dtype):
     """X_i^T dY_i for every expert i: (M, in, out). records: (ends (M,), x (R, in), dy (R, out)) of each layer."""
     ends, xs, dys = zip(*records)
     x_all, dy_all, ends_of_all = xs[0], dys[0], sum(ends)
@@ -670,8 +671,8 @@ def sum_of_products(records):
         for place, x, dy in zip(places.split([len(x) for x in xs]), xs, dys):
             x_all[place], dy_all[place] = x, dy
     product = F.grouped_mm(x_all.t(), dy_all, offs=ends_of_all.int())
-    without_rows = ends_of_all.diff(prepend=ends_of_all.new_zeros(1)) == 0
-    return product.masked_fill_(without_rows[:, None, None], 0)  # some GPUs leave garbage there (pytorch issue 172439)
+    without_rows = ends_of_all.diff(prepend=ends_of_all.new_zeros(1)) == 0  # some GPUs leave garbage there (pytorch
+    return torch.where(without_rows[:, None, None], product.new_zeros(1, dtype=dtype), product)  # issue 172439)
 
 
 class HandOut(torch.autograd.Function):
@@ -681,7 +682,7 @@ class HandOut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, copy):
-        ctx.gradient, ctx.dtype = PoolGradient(copy), weight.dtype
+        ctx.gradient, ctx.dtype = PoolGradient(copy, weight.dtype), weight.dtype
         ctx.set_materialize_grads(False)
         return copy.view_as(weight)
 
@@ -714,7 +715,7 @@ class ExpertFFN(torch.autograd.Function):
         ctx.save_for_backward(rows, pair_of_row, ends, gate_up, down, hidden)
         ctx.activation = activation
         # Of a frozen weight, which has no grad_fn, the gradient is thrown away.
-        ctx.gradients = [getattr(w.grad_fn, "gradient", None) or PoolGradient(w) for w in (gate_up, down)]
+        ctx.gradients = [getattr(w.grad_fn, "gradient", None) or PoolGradient(w, w.dtype) for w in (gate_up, down)]
         return by_pair(grouped_product(activation(hidden), down, ends), pair_of_row, ends)
 
     @staticmethod
@@ -770,9 +771,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             log_p = (x_i @ w.t()).float().log_softmax(dim=-1)
             loss = loss - (share * log_p.gather(1, target)).sum()  # torch 2.11 miscompiles `-=` here
             if training:
-                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(share)).mul_(share).to(dtype)
-                dx[i : i + LOSS_CHUNK] = d_logits @ w
-                dw += d_logits.t() @ x_i
+                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(share)).to(dtype)  # times 1 / share
+                dx[i : i + LOSS_CHUNK] = (d_logits @ w) * share
+                dw += d_logits.t() @ (x_i * share).to(dtype)
             log_p = d_logits = None  # before the next chunk makes its own
         if training:
             ctx.save_for_backward(dx.to(x.dtype), dw.to(weight.dtype))

@@ -2,6 +2,7 @@
 
     python -m experiments.bench                                   # training and generation, at this machine's shapes
     python -m experiments.bench --shapes 182m:16384 182m:65536    # scale:tokens a step
+    python -m experiments.bench --parts roofline                  # no GPU: where a step on an H100 would spend its time
     python -m experiments.bench --parts prepare                   # prepare_pile.py against tiktoken alone
     python -m experiments.bench --parts transformers              # against Mixtral and OLMoE: pip install transformers
 
@@ -9,6 +10,7 @@ What is compared takes turns, round by round, in one process, so that a machine 
 Ratios are taken within a round. Medians, with the quartiles as spread.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -33,6 +35,7 @@ from tqdm import tqdm
 
 from command import BadInput, run_command
 from experiments.common import ExperimentParser, at_least, machine, markdown, save
+from experiments.fake_gpu import GATHERS, SCATTERS, SORTS, WHY_NOT, fake_gpu
 from prepare_pile import get_tokenizer, prepare, standard_library_files
 from train import Settings, autocast, find_device, keep_freed_memory, peak_flops, shard, whole
 from unipool import ARCHS, SCALES, UniPool, UniPoolConfig
@@ -239,6 +242,69 @@ def draw_train(results, where):
     return fig
 
 
+# Of an H100: what long products reach of its 989e12, and a long copy of its 3.35e12.
+FLOPS, BYTES = 800e12, 3.0e12  # a second
+KINDS = {"products": "tab:blue", "products, waiting for memory": "lightsteelblue", "attention": "tab:green",
+         "rows moved": "tab:red", "elementwise": "tab:gray", "optimizer": "tab:purple"}  # fmt: skip
+MOVES = GATHERS | SCATTERS | SORTS | {"masked_fill_", "topk"}
+
+
+def predicted(variant, tokens, scale="182m", sequences=64):
+    """{kind: seconds} of a training step on one H100, not compiled: each operation takes as long as its arithmetic, or
+    as its bytes, whichever is longer. In micro-batches of so many tokens.
+    """
+    config = UniPoolConfig.from_scale(scale, variant.split(",")[0])
+    per_micro_batch, seconds = tokens // config.block_size, collections.Counter()
+    with fake_gpu(config) as (_, watch):
+        model, optimizer = prepare_training(config, torch.device("cuda"))
+        model.one_pass = "autograd" not in variant
+        watch.pool_share = 1 / config.n_layer if "locked" in variant else 1
+        idx = torch.randint(config.vocab_size, (per_micro_batch, config.block_size + 1), device="cuda")
+        training_step(model, optimizer, idx)  # makes the optimizer's state
+        watch.costs.clear()
+        training_step(model, optimizer, idx, sequences // per_micro_batch, watch.begin)
+        for (phase, name), costs in watch.costs.items():
+            product = name in ("mm", "_grouped_mm")
+            kind = ("optimizer" if phase == "optimizer" else "products" if product else "rows moved" if name in MOVES
+                    else "attention" if "attention" in name else "elementwise")  # fmt: skip
+            for flops, moved in costs:
+                seconds[kind] += flops / FLOPS if product else max(flops / FLOPS, moved / BYTES)
+                seconds["products, waiting for memory"] += max(0, moved / BYTES - flops / FLOPS) * product
+    return {kind: seconds[kind] for kind in KINDS}
+
+
+def bench_roofline(device, args):
+    """Where a step of 64 sequences at 182m would spend its time on an H100."""
+    if WHY_NOT or torch.cuda.is_available():
+        raise BadInput(f"--parts=roofline: {WHY_NOT or 'here is a GPU: measure'}")
+    results = {}
+    for tokens in tqdm([2**16, 2**15, 2**14], unit="micro-batch size"):
+        steps = {name: predicted(name, tokens) for name in COLOURS}
+        total = {name: sum(seconds.values()) for name, seconds in steps.items()}
+        results[f"micro-batches of {tokens // 1024} sequences"] = {
+            name: {"tokens per second": 2**16 / total[name], "times dense": total["dense"] / total[name]}
+            | {f"{kind}, ms": 1e3 * s for kind, s in steps[name].items()} for name in COLOURS}  # fmt: skip
+    return results
+
+
+def draw_roofline(results):
+    fig = Figure(figsize=(9, 4))
+    for ax, (title, figures) in zip(fig.subplots(1, len(results), sharex=True, sharey=True), results.items()):
+        left = np.zeros(len(figures))
+        for kind, colour in KINDS.items():
+            widths = [f[f"{kind}, ms"] for f in figures.values()]
+            ax.barh(list(figures), widths, left=left, color=colour, label=kind)
+            left += widths
+        for y, (end, f) in enumerate(zip(left, figures.values())):
+            ax.text(end, y, f" {f['times dense']:.2f}", va="center", fontsize=8)
+        ax.set(title=title, xlabel="ms a step")
+        ax.invert_yaxis()
+    ax.set_xlim(right=1.1 * ax.get_xlim()[1])
+    fig.suptitle("182m on one H100, PREDICTED from operations and bytes (numbers: speed, dense = 1)", fontsize=10)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
+
+
 def bench_generate(device, args, context=512, new_tokens=32):
     """Tokens after `context` tokens: with the cache, and recomputing the whole context for each of them."""
     scale = "182m" if device.type == "cuda" else "tiny"
@@ -337,7 +403,8 @@ def bench_prepare(device, args):
     return {f"{total:.0f} MB in {threads} files, {threads} threads": figures}
 
 
-PARTS = dict(train=bench_train, generate=bench_generate, transformers=bench_transformers, prepare=bench_prepare)
+PARTS = dict(train=bench_train, generate=bench_generate, roofline=bench_roofline, transformers=bench_transformers,
+             prepare=bench_prepare)  # fmt: skip
 
 
 def main(argv=None):
@@ -354,8 +421,9 @@ def main(argv=None):
     name, about = args.name, machine(device)  # before results change the working tree, which the commit's name tells
     for part in args.parts:
         results = PARTS[part](device, args)
-        pictures = {"": draw_train(results, about["gpu"] or about["cpu"])} if part == "train" else {}
-        args.name = f"{name}_{part}_{device.type}"
+        draw = dict(train=lambda r: draw_train(r, about["gpu"] or about["cpu"]), roofline=draw_roofline).get(part)
+        pictures = {"": draw(results)} if draw else {}
+        args.name = f"{name}_{part}" + (f"_{device.type}" if part != "roofline" else "")
         save(args, about, table(results), pictures, results=results)
 
 

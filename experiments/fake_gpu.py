@@ -8,6 +8,7 @@ no GPU this leans on torch's insides, so it is for one version of torch, on Linu
 import collections
 import contextlib
 import ctypes
+import math
 import platform
 import sys
 import weakref
@@ -69,17 +70,31 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sca
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Keeps what a CUDA build's fused kernel keeps; a CPU build has none for CUDA, and would keep more."""
+    """Keeps, reads and writes what a CUDA build's fused kernels do; a CPU build has none, and would do more."""
 
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
-        return torch.empty_like(x)
+        return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
+        x.flatten().dot(grad.flatten())  # stands for the weight's gradient
+        return x + grad, torch.empty_like(weight)
+
+
+class FusedSiLU(torch.autograd.Function):
+    """As FusedRMSNorm."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.ops.aten.silu(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] + grad
 
 
 class FakeStream:
@@ -107,6 +122,7 @@ def fake_gpu(config, world_size=1, bf16=True):
         enter(patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
         enter(patch(F, "scaled_dot_product_attention", fused_attention))
         enter(patch(F, "rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight)))
+        enter(patch(F, "silu", FusedSiLU.apply))
         if world_size > 1:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -129,16 +145,60 @@ def fake_gpu(config, world_size=1, bf16=True):
         yield mesh, enter(watch)
 
 
+def size_of(*tensors):
+    """Bytes that they cover; what is expanded counts once."""
+    return sum(math.prod(n for n, stride in zip(t.shape, t.stride()) if stride) * t.element_size() for t in tensors)
+
+
+FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "set_", "record_stream", "device",
+        "_unsafe_view", "_reshape_alias"}  # fmt: skip
+FILLS = {"zeros", "zeros_like", "ones_like", "new_zeros", "new_ones", "full", "full_like", "fill_", "zero_", "arange"}
+GATHERS = {"index", "index_select", "embedding", "gather"}
+SCATTERS = {"index_put_", "index_copy_", "scatter_", "scatter_add_"}
+SORTS = {"sort", "argsort"}
+
+
+def cost(func, args, kwargs, out, pool_share):
+    """(floating-point operations of products, bytes) of one operation: what it reads and writes, each once, as if
+    nothing stayed in the GPU's caches. pool_share: of the experts' weights, those that a grouped product reads.
+    """
+    name, returns = func._schema.name.split("::")[1], func._schema.returns
+    ins, outs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
+    is_view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    moved = size_of(*ins, *outs, *(() if returns else ins[:1]))  # without a return value, the first is written
+    if name in FREE or is_view:
+        return 0, 0
+    if name in FILLS:
+        return 0, size_of(*outs)
+    if name in GATHERS | SCATTERS:  # of rows that are looked up, only those count
+        rows = ins[-1] if name in SCATTERS else outs[0]
+        return 0, 2 * size_of(rows) + size_of(*(t for t in ins if not t.is_floating_point()))
+    if name in ("mm", "_grouped_mm"):  # each row of a meets one matrix of b; of two groups of rows, each its own
+        a, b = ins[:2]
+        return 2 * a.numel() * b.size(-1), moved - (1 - pool_share) * size_of(b) * (b.dim() == 3)
+    if name.startswith("_scaled_dot_product_flash_attention"):  # half of the pairs, for it is causal
+        backward = name.endswith("backward")
+        B, heads, T, D = ins[backward].shape
+        return (5 if backward else 2) * B * heads * T * T * D, moved
+    if name in SORTS:  # a radix sort in 8 passes, which read and write keys and indices
+        return 0, 16 * size_of(*outs)
+    if name == "_fused_adamw_":
+        return 0, 28 * sum(p.numel() for p in args[0])
+    return 0, moved
+
+
 class Watch(TorchDispatchMode):
-    """Counts the GPU's live bytes by storage, in blocks of 512 as the caching allocator.
+    """Counts the GPU's live bytes by storage, in blocks of 512 as the caching allocator, and what operations cost.
 
     phase: what the caller says it is at. held: {phase: bytes that were made in it and live}; peak: the same at the
-    moment of the most, in peak_phase.
+    moment of the most, in peak_phase. costs: {(phase, operation): [cost() of each]}.
     """
+
+    pool_share = 1.0
 
     def __init__(self):
         super().__init__()
-        self.phase, self.live, self.held = "", {}, collections.Counter()
+        self.phase, self.live, self.held, self.costs = "", {}, collections.Counter(), collections.defaultdict(list)
         self.reset()
 
     def begin(self, phase):
@@ -174,6 +234,8 @@ class Watch(TorchDispatchMode):
         if any(t.__name__ == "DTensor" for t in types):
             return NotImplemented  # comes here again as operations on local tensors
         out = func(*args, **kwargs or {})
+        name = func._schema.name.split("::")[1]
+        self.costs[self.phase, name].append(cost(func, args, kwargs or {}, out, self.pool_share))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
                 storage = tensor.untyped_storage()
