@@ -132,6 +132,7 @@ def training_step(model, optimizer, idx, micro_batches=1, begin=lambda phase: No
     """One step as train.py makes it, of several processes one's part; returns the mean cross-entropy and balance loss.
 
     idx: (B, T + 1) tokens, which each micro-batch takes anew. begin: told "forward", "backward", "optimizer" in time.
+    Without an optimizer (None) the gradients are made and forgotten.
     """
     losses, routing = torch.zeros(2, device=idx.device), 0.0
     for i in range(micro_batches):
@@ -149,6 +150,9 @@ def training_step(model, optimizer, idx, micro_batches=1, begin=lambda phase: No
         for pool in model.pools:
             pool.keep_copies = not last
     begin("optimizer")
+    if optimizer is None:
+        model.zero_grad()
+        return losses
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), Settings.grad_clip))
     optimizer.found_inf = (~(losses.sum() + norm).isfinite()).float()
     optimizer.step()
@@ -177,27 +181,24 @@ def config_of(shape, arch):
     return config, int(tokens)
 
 
-def make_step(shape, arch, device):
-    """(model, optimizer, a function that makes a training step of one micro-batch) at one shape."""
+def make_step(shape, arch, device, gradients_only):
+    """(model, a function that makes a training step of one micro-batch in one of COLOURS' variants) at one shape."""
     config, tokens = config_of(shape, arch)
     torch.manual_seed(0)
     model, optimizer = prepare_training(config, device)
     compiled = torch.compile(model) if device.type == "cuda" else model
     idx = torch.randint(config.vocab_size, (tokens // config.block_size, config.block_size + 1), device=device)
+    layers, experts = torch.arange(config.n_layer, device=device), torch.arange(config.n_expert, device=device)
+    own = experts % config.n_layer == layers[:, None]  # (L, M)
 
-    everything, own = torch.ones(2, config.n_layer, config.n_expert, dtype=torch.bool, device=device)
-    own &= torch.arange(config.n_expert, device=device) % config.n_layer == torch.arange(config.n_layer)[:, None].to(
-        device
-    )
-
-    def step(variant="unipool"):
+    def step(variant):
         model.one_pass = "autograd" not in variant
         if arch == "unipool":
-            model.lock(own if "locked" in variant else everything, progress=1)
-        training_step(compiled, optimizer, idx)
+            model.lock(own if "locked" in variant else torch.ones_like(own), progress=1)
+        training_step(compiled, None if gradients_only else optimizer, idx)
         wait(device)
 
-    return model, optimizer, step
+    return model, step
 
 
 def bench_shape(shape, device, args):
@@ -207,7 +208,7 @@ def bench_shape(shape, device, args):
     steps, flops = {}, {}
     for arch in ARCHS:
         with contextlib.suppress(torch.OutOfMemoryError):
-            model, _, step = make_step(shape, arch, device)
+            model, step = make_step(shape, arch, device, args.gradients_only)
             for name in [name for name in COLOURS if name.startswith(arch)]:
                 turn = functools.partial(step, name)
                 turn()
@@ -411,6 +412,7 @@ def main(argv=None):
     parser = ExperimentParser(__doc__, "bench")
     parser.add_argument("--parts", nargs="+", default=["train", "generate"], choices=PARTS, help="(train generate)")
     parser.add_argument("--shapes", nargs="+", help="of training: scale:tokens a step, or LxM:tokens (the machine's)")
+    parser.add_argument("--gradients_only", action="store_true", help="train: forward and backward, no optimizer")
     parser.add_argument("--steps", type=at_least(1), default=40, help="most timed rounds of each (%(default)s)")
     parser.add_argument("--seconds", type=at_least(0, float), default=60, help="after which rounds end, five at least")
     parser.add_argument("--device", help="cuda, cpu ... (the best there is)")
