@@ -2312,7 +2312,7 @@ def test_memory_as_a_command(fake_steps):
 
 @pytest.mark.parametrize("scale", ["182m", "978m"])
 def test_what_a_gpu_has_room_for_is_what_a_step_needs(scale, fake_steps):
-    assert 0.85 < fake_steps["room " + scale] / (80 * 2**30) < 0.95, "a tenth stays free"
+    assert 0.8 < fake_steps["room " + scale] / (80 * 2**30) < 0.93, "about a tenth stays free"
 
 
 def test_roofline_by_hand(fake_steps):

@@ -620,9 +620,8 @@ class PoolGradient:
 
     capacity = 8  # records are multiplied early once they hold more than this many times the weight's elements
 
-    def __init__(self, weight, dtype):
-        """weight: as it is multiplied with; dtype: of the stored one, and so of the gradient."""
-        self.weight, self.dtype, self.backward_pass = weight, dtype, None
+    def __init__(self, weight):
+        self.weight, self.backward_pass = weight, None
 
     def begin(self):
         """Forget what another backward pass left: one that failed half-way, or that did not ask for this gradient."""
@@ -639,7 +638,7 @@ class PoolGradient:
     def multiply(self):
         records, self.records, first = self.records, [], self.total is None
         if has_grouped_mm(self.weight):
-            product = sum_of_products(records, self.dtype)
+            product = sum_of_products(records)
             self.total = product if first else self.total.float().add_(product)  # of several, in fp32
             return
         if first:  # in fp32, or fp64 of fp64
@@ -658,7 +657,7 @@ class PoolGradient:
         return total
 
 
-def sum_of_products(records, dtype):
+def sum_of_products(records):
     """X_i^T dY_i for every expert i: (M, in, out). records: (ends (M,), x (R, in), dy (R, out)) of each layer."""
     ends, xs, dys = zip(*records)
     x_all, dy_all, ends_of_all = xs[0], dys[0], sum(ends)
@@ -671,8 +670,8 @@ def sum_of_products(records, dtype):
         for place, x, dy in zip(places.split([len(x) for x in xs]), xs, dys):
             x_all[place], dy_all[place] = x, dy
     product = F.grouped_mm(x_all.t(), dy_all, offs=ends_of_all.int())
-    without_rows = ends_of_all.diff(prepend=ends_of_all.new_zeros(1)) == 0  # some GPUs leave garbage there (pytorch
-    return torch.where(without_rows[:, None, None], product.new_zeros(1, dtype=dtype), product)  # issue 172439)
+    without_rows = ends_of_all.diff(prepend=ends_of_all.new_zeros(1)) == 0
+    return product.masked_fill_(without_rows[:, None, None], 0)  # some GPUs leave garbage there (pytorch issue 172439)
 
 
 class HandOut(torch.autograd.Function):
@@ -682,7 +681,7 @@ class HandOut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, copy):
-        ctx.gradient, ctx.dtype = PoolGradient(copy, weight.dtype), weight.dtype
+        ctx.gradient, ctx.dtype = PoolGradient(copy), weight.dtype
         ctx.set_materialize_grads(False)
         return copy.view_as(weight)
 
@@ -715,7 +714,7 @@ class ExpertFFN(torch.autograd.Function):
         ctx.save_for_backward(rows, pair_of_row, ends, gate_up, down, hidden)
         ctx.activation = activation
         # Of a frozen weight, which has no grad_fn, the gradient is thrown away.
-        ctx.gradients = [getattr(w.grad_fn, "gradient", None) or PoolGradient(w, w.dtype) for w in (gate_up, down)]
+        ctx.gradients = [getattr(w.grad_fn, "gradient", None) or PoolGradient(w) for w in (gate_up, down)]
         return by_pair(grouped_product(activation(hidden), down, ends), pair_of_row, ends)
 
     @staticmethod
