@@ -42,7 +42,7 @@ import sample
 import train
 import unipool
 from command import BadInput, only_one, run_command
-from experiments import ablate, bench, common, compare, evaluate, export, probe
+from experiments import ablate, bench, common, compare, depth, evaluate, export, probe
 from experiments import balance as study
 from experiments.fake_gpu import WHY_NOT
 from prepare_pile import SOURCES, get_tokenizer, prepare
@@ -2051,6 +2051,7 @@ def test_bad_values_of_train(flag, named, text_data, capsys, tmp_path):
      # what would change nothing is not accepted in silence
      "--router=norm --arch=dense", "--top_k=1 --arch=dense", "--n_pool=1 --arch=dense", "--balance_coef=1 --arch=dense",
      "--bias_rate=0.1", "--balance_coef=0.1 --balance=none",
+     "--n_pool=1 --arch=vanilla", "--adam_eps=0", "--min_lr=0.1 --lr=0.01",
      "--lock=1", "--lock=0.001", "--lock=0.5 --lock_random", "--lock=0.5 --n_pool=2", "--lock=0.5 --router=softmax",
      "--lock=0.5 --balance=layer", "--lock=0.5 --n_expert=30", "--lock=0.5 --n_expert=8 --top_k=3"],
 )  # fmt: skip
@@ -2154,6 +2155,15 @@ def test_resume_with_data_of_another_tokenizer(trained, capsys, tmp_path):
 )
 def test_bad_flags_of_sample(flag, trained, capsys):
     fails(capsys, sample.main, [f"--out_dir={trained}", "--device=cpu", flag], flag, touching=trained)
+
+
+def test_weights_that_are_not_finite_are_told(trained, tmp_path, capsys):
+    checkpoint = torch.load(trained / "ckpt.pt")
+    checkpoint["model"]["pools.0.down"][3, 0, 0] = math.nan
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    fails(
+        capsys, sample.main, [f"--out_dir={tmp_path}", "--device=cpu"], tmp_path / "ckpt.pt", "pools.0.down", "finite"
+    )
 
 
 @pytest.mark.parametrize(("bad", "prompt", "stdin"), [("empty", "", b""), ("UTF-8", "\udcff", b"caf\xe9")])
@@ -2499,9 +2509,14 @@ def test_bad_flags_of_ablate(flags, named, capsys, tmp_path):
     fails(capsys, ablate.main, [f"--runs={tmp_path / 'runs'}", *flags], *named, touching=tmp_path)
 
 
-def test_a_run_that_fails_ends_the_others(tmp_path, capsys):
-    flags = ["--methods", "dense", "--seeds=1", f"--runs={tmp_path}", "--data_dir=nowhere", "--results="]
-    fails(capsys, ablate.main, flags, "dense-1", "--data_dir=nowhere", "log.txt")
+def test_a_run_that_fails_ends_the_others(text_data, tmp_path, capsys):
+    """And, as it never made a step, it does not stand in the way of the corrected command."""
+    flags = ["--methods", "dense", "--seeds=1", f"--runs={tmp_path}", "--results=", *TINY_LAYERS, "--max_steps=1"]
+    fails(capsys, ablate.main, [*flags, "--data_dir=nowhere"], "dense-1", "--data_dir=nowhere", "log.txt")
+    ablate.main([*flags, f"--data_dir={text_data}"])
+    assert read_metrics(tmp_path / "dense-1")[-1]["step"] == 1
+    fails(capsys, ablate.main, [*flags, f"--data_dir={text_data}", "--lr=0.01"], "dense-1", "--runs", touching=tmp_path)
+    assert ablate.ExperimentParser("", "x").get_default("results") == "results", "what git tracks is not overwritten"
 
 
 @pytest.fixture(scope="session")
@@ -2528,6 +2543,35 @@ def test_compare_as_a_command(short_runs, tmp_path, capsys):
     fails(capsys, compare.main, [tmp_path / "none"], tmp_path / "none" / "metrics.jsonl", touching=tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": "many", "val_loss": 2.0}\n')
     fails(capsys, compare.main, [tmp_path], tmp_path / "metrics.jsonl", touching=tmp_path)
+
+
+def test_only_runs_that_differ_in_their_seed_are_one_method(short_runs, tmp_path, capsys):
+    """Another learning rate is named; a fork's checkpoint, with a field that is unknown here, goes by its folder."""
+    runs = {name: torch.load(short_runs / "unipool" / "ckpt.pt") for name in ("a", "b", "c", "faster", "fork")}
+    runs["b"]["settings"] |= dict(seed=5, log_interval=7)
+    runs["faster"]["settings"] |= dict(lr=0.25)
+    runs["fork"]["config"] |= dict(n_shared=1)
+    for name, checkpoint in runs.items():
+        (tmp_path / name).mkdir()
+        torch.save(checkpoint, tmp_path / name / "ckpt.pt")
+    names = [str(tmp_path / name) for name in runs]
+    labels = list(compare.labels_of(names[:3]).values())
+    assert labels == ["UniPool"] * 3, "nothing sets seeds apart"
+    *same, faster, fork = compare.labels_of(names).values()
+    assert len(set(same)) == 1 and faster == "UniPool, lr=0.25" != same[0] and fork == names[4]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "n_shared" in error, "one line that says what is unknown"
+
+
+def test_pictures_of_few_methods(short_runs):
+    """Dense stands beside vanilla as the others do; a method alone has no empty panel."""
+    runs = [types.SimpleNamespace(name=name, folder=short_runs / name) for name in ("vanilla", "dense")]
+    results = {name: dict(name=name, difference={1: 0.1}) for name in ("vanilla", "dense")}
+    fig = ablate.draw(runs, results, "")
+    assert [label.get_text() for label in fig.axes[1].get_yticklabels()] == ["dense"]
+    tokens = [line["tokens"] for line in read_metrics(short_runs / "dense")]
+    assert fig.axes[0].get_xlim()[0] == min(tokens), "axes begin where curves do"
+    assert len(ablate.draw(runs[1:], {"dense": dict(name="dense", difference={})}, "").axes) == 1
 
 
 def test_a_curve_is_the_mean_of_its_runs():
@@ -2671,6 +2715,23 @@ def test_probe_as_a_command(short_runs, tmp_path, capsys):
     fails(capsys, probe.main, [tmp_path / "none"], tmp_path / "none", touching=tmp_path)
     fails(capsys, probe.main, [*runs, "--draws=0"], "--draws: 0", touching=tmp_path)
     fails(capsys, probe.main, [*runs, "--data_dir=nowhere"], "--data_dir=nowhere", touching=tmp_path)
+
+
+def test_loss_against_depth(text_data, tmp_path):
+    """Vanilla's experts grow with depth, the pool's do not."""
+    layers = [flag for flag in TINY_LAYERS if "n_layer" not in flag]
+    depth.main([*layers, f"--data_dir={text_data}", "--max_steps=1", "--depths", "1", "2", "--seeds=1",
+                f"--runs={tmp_path / 'runs'}", f"--results={tmp_path}"])  # fmt: skip
+    results = json.loads((tmp_path / "depth_tiny.json").read_text())["results"]
+    assert results.keys() == {"vanilla-1", "unipool-1", "vanilla-2", "unipool-2"} and is_picture(
+        tmp_path / "depth_tiny.png"
+    )
+    for name, L in itertools.product(("vanilla", "unipool"), (1, 2)):
+        run = tmp_path / "runs" / f"{name}-{L}-1"
+        config = UniPoolConfig(**train.load_checkpoint(run / "ckpt.pt")["config"])
+        assert (config.n_layer, config.n_expert) == (L, 32 if name == "unipool" else 8 * L)
+        assert results[f"{name}-{L}"]["val_loss"] == {"1": read_metrics(run)[-1]["val_loss"]}
+        assert results[f"{name}-{L}"]["parameters"] == UniPool(config).num_params()
 
 
 def test_study_of_the_balance_loss(text_data, tmp_path, capsys):

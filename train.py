@@ -72,7 +72,7 @@ class Settings:
     weight_decay: float = flag(0.01, "of parameters with two or more dimensions", low=0, high=1e3)
     beta1: float = flag(0.9, "of AdamW", low=0, high=1)
     beta2: float = flag(0.999, "of AdamW", low=0, high=1)
-    adam_eps: float = flag(1e-8, "of AdamW", low=0, high=1e3)
+    adam_eps: float = flag(1e-8, "of AdamW", low=1e-30, high=1e3)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0, high=math.inf)
     eval_interval: int = flag(1000, "steps between validations; 0 never validates", low=0)
     eval_tokens: int = flag(2**22, "validation tokens used, spread over the split")
@@ -144,6 +144,8 @@ def settle(given, saved):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
             raise BadInput(f"--{f.name}={value} must be at least {low} and below {high}")
+    if settings.min_lr > settings.lr:
+        raise BadInput(f"--min_lr={settings.min_lr} is above --lr={settings.lr}, from where it falls: give a lower one")
     lock_steps(settings, config)
     return settings, config
 
@@ -416,11 +418,15 @@ def load_newest(out_dir, mmap):
 
 
 def load_model(checkpoint, path, device):
-    """The model of a checkpoint, on `device`, to evaluate. Raises BadInput if weights and config do not match."""
+    """The model of a checkpoint, on `device`, to evaluate. Raises BadInput if its weights are none for its config."""
     try:
-        return UniPool.from_checkpoint(checkpoint, device)
+        model = UniPool.from_checkpoint(checkpoint, device)
     except (TypeError, RuntimeError) as error:
         raise BadInput(f"{path}: its weights and its config do not match ({error}): use another checkpoint") from None
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise BadInput(f"{path}: {name} has values that are not finite (training diverged): use another checkpoint")
+    return model
 
 
 def check_tokenizer(data_dir, meta, checkpoint, path):

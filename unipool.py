@@ -85,6 +85,8 @@ class UniPoolConfig:
         if arch == "dense" and overrides.get("n_expert"):
             raise ValueError(f"n_expert={overrides['n_expert']} contradicts arch='dense', which has no experts")
         size = dict(n_layer=cls.n_layer, n_embd=cls.n_embd) | SCALES[scale] | overrides
+        if arch == "vanilla" and overrides.get("n_pool", size["n_layer"]) != size["n_layer"]:
+            raise ValueError(f"n_pool={overrides['n_pool']} contradicts arch='vanilla', whose layers have a pool each")
         fields = size | dict(n_hidden=4 * size["n_embd"], n_expert=8 * size["n_layer"])
         if arch == "vanilla":
             fields |= dict(n_pool=size["n_layer"], router="softmax", balance="layer")
@@ -479,7 +481,8 @@ class UniPool(nn.Module):
         logits = self.head(x) if keep_logits or targets is None else None  # (B, T, V)
         loss = None
         if targets is not None and keep_logits:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            loss = F.cross_entropy(logits.flatten(0, 1).to(dtype), targets.flatten(), ignore_index=-1)
         elif targets is not None:
             training = torch.is_grad_enabled()
             loss = ChunkedCrossEntropy.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), training)

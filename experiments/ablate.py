@@ -68,7 +68,9 @@ class Run:
 
     def check(self):
         """Raise BadInput if the folder holds something else than this run."""
-        if self.folder.exists() and any(self.folder.iterdir()) and read_record(self.folder).get("flags") != self.flags:
+        flags = read_record(self.folder).get("flags")
+        never_began = flags is not None and self.step() == 0 and not (self.folder / "ckpt.pt").exists()
+        if self.folder.exists() and any(self.folder.iterdir()) and flags != self.flags and not never_began:
             raise BadInput(f"{self.folder}: this run was made by other flags: give another --runs, or delete it")
 
     def step(self):
@@ -204,11 +206,15 @@ def draw(runs, results, title):
     curves = {}
     for run in runs:
         curves.setdefault(methods(12)[run.name].label, []).append(curve(read_metrics(run.folder), "val_loss"))
-    fig = Figure(figsize=(9, 4.2))
-    left, right = fig.subplots(1, 2, width_ratios=[3, 2])
+    names = [label for label, f in results.items() if f["difference"] and f["name"] != BASELINE]
+    fig = Figure(figsize=(9, 4.2) if names else (6, 4.2))
+    left, *rights = fig.subplots(1, 2, width_ratios=[3, 2]) if names else [fig.subplots()]
     draw_curves(left, curves, "val_loss")
-    names = [label for label, f in results.items() if f["difference"] and f["name"] not in (BASELINE, "dense")]
-    right.set_visible(bool(names))
+    fig.suptitle(title, fontsize=10)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5 if names else 3)
+    if not names:
+        return fig
+    right = rights[0]
     for y, label in enumerate(reversed(names)):
         values = list(results[label]["difference"].values())
         right.plot(values, [y] * len(values), "o", color=colour_of(label, names), alpha=0.6, ms=5)
@@ -217,8 +223,6 @@ def draw(runs, results, title):
     right.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
     right.set(ylim=(-0.6, len(names) - 0.4), xlabel="against vanilla, nats a token\n(dots: seeds; left is better)")
     right.grid(axis="x")
-    fig.suptitle(title, fontsize=10)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return fig
 
 

@@ -17,7 +17,6 @@ import torch
 
 from command import Parser
 
-RESULTS = Path(__file__).parent / "results"
 matplotlib.rcParams |= {
     "figure.dpi": 150, "figure.constrained_layout.use": True, "axes.titlesize": 10, "axes.spines.top": False,
     "axes.spines.right": False, "grid.alpha": 0.25, "legend.fontsize": 8, "legend.frameon": False,
@@ -30,8 +29,8 @@ class ExperimentParser(Parser):
     def __init__(self, description, name):
         super().__init__(description)
         self.add_argument("--name", default=name, type=file_name, help="of the files in --results (%(default)s)")
-        self.add_argument("--results", default=RESULTS, type=writable_folder,
-                          help="folder for JSON, table and pictures; empty for none")  # fmt: skip
+        self.add_argument("--results", default="results", type=writable_folder,
+                          help="folder for JSON, table and pictures; empty for none (%(default)s)")  # fmt: skip
 
 
 def file_name(text):
@@ -42,11 +41,11 @@ def file_name(text):
 
 
 def writable_folder(text):
-    """The type of a flag that takes a folder, made before the work whose results it is for; empty stays empty."""
+    """The type of a flag that takes a folder, tried before the work whose results it is for; empty stays empty."""
     try:
-        if text:
-            Path(text).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=text).close()
+        if text:  # what is not there yet will be made in the last folder that is
+            path = Path(text).absolute()
+            tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents) if p.exists())).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be written ({error.strerror})") from None
     return text
@@ -65,7 +64,7 @@ def at_least(low, kind=int):
 
 def machine(device):
     """What a figure needs beside it to be worth anything: CPU, threads, GPU, versions, the commit of this code."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True,
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
                             text=True)  # fmt: skip
     path = Path("/proc/cpuinfo")
     cpus = re.findall(r"model name\s*: (.+)", path.read_text()) if path.exists() else []

@@ -3,13 +3,14 @@
     python -m experiments.compare out runs/vanilla
     python -m experiments.compare runs/tiny/* --key train_loss --out losses.png
 
-A run is called by what its checkpoint's configuration is called in the paper, or else by its folder. Runs of one name
-are seeds of one method: their mean is drawn, in a band from the lowest to the highest. Of train_loss and grad_norm the
-mean over a fiftieth of the steps is drawn.
+A run is called by what its checkpoint's configuration is called in the paper, or else by its folder. Runs that differ
+in nothing but the seed are one method: their mean is drawn, in a band from the lowest to the highest. Others of one
+name are told apart by what differs. Of train_loss and grad_norm the mean over a fiftieth of the steps is drawn.
 """
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +91,37 @@ def label_of(checkpoint, folder):
     return str(folder)
 
 
+# Flags that differ between runs of one method: what they learn does not depend on these, up to rounding and chance.
+NO_DIFFERENCE = {"seed", "data_dir", "max_steps", "micro_batch_size", "eval_interval", "eval_tokens", "ckpt_interval",
+                 "keep", "log_interval", "tensorboard", "compile", "recompute", "one_pass", "shard"}  # fmt: skip
+
+
+def labels_of(folders):
+    """{folder: its run's label}: label_of(its checkpoint), and beside it what sets it apart from others of that label.
+
+    A checkpoint that cannot be read, as of a fork with fields of its own, is told in one line; its folder is the label.
+    """
+    labels, settings = {}, {}
+    for folder in folders:
+        labels[folder], path = str(folder), Path(folder) / "ckpt.pt"
+        if not path.exists():
+            continue
+        try:
+            checkpoint = load_checkpoint(path, mmap=True)
+        except BadInput as error:
+            print(error, file=sys.stderr)
+            continue
+        labels[folder] = label_of(checkpoint, folder)
+        settings[folder] = {k: v for k, v in (checkpoint["settings"] | checkpoint["config"]).items()
+                            if k not in NO_DIFFERENCE}  # fmt: skip
+    result = dict(labels)
+    for folder, own in settings.items():
+        others = [settings[f] for f in settings if labels[f] == labels[folder]]
+        differs = [name for name in own if any(other[name] != own[name] for other in others)]
+        result[folder] = ", ".join([labels[folder], *(f"{name}={own[name]}" for name in differs)])
+    return result
+
+
 def read_metrics(folder):
     """The lines of a run's metrics.jsonl as dicts, but one that is still being written. Raises BadInput."""
     path = Path(folder) / "metrics.jsonl"
@@ -129,6 +161,7 @@ def draw_curves(ax, curves, key):
         top = min(high, max(beginnings))
         if top > low:
             ax.set_ylim(low - 0.04 * (top - low), top + 0.04 * (top - low))
+    ax.set_xlim(left=min(ax.dataLim.intervalx))
     name = "validation loss, nats a token" if key == "val_loss" else key
     ax.set(xlabel=f"{unit}training tokens", ylabel=name)
     ax.grid()
@@ -140,15 +173,12 @@ def main(argv=None):
     parser.add_argument("--key", default="val_loss", help="what to draw, by its name in metrics.jsonl (%(default)s)")
     parser.add_argument("--out", default="compare.png", help="the picture to write (%(default)s)")
     args = parser.parse_args(argv)
-    curves, rows = {}, []
+    curves, rows, labels = {}, [], labels_of(args.runs)
     for folder in args.runs:
-        lines, path = read_metrics(folder), Path(folder) / "ckpt.pt"
+        lines, label = read_metrics(folder), labels[folder]
         points = curve(lines, args.key)
         if not points:
             raise BadInput(f"--key={args.key}: not in {folder}/metrics.jsonl, which has {', '.join(lines[-1])}")
-        label = str(folder)
-        if path.exists():
-            label = label_of(load_checkpoint(path, mmap=True), folder)
         tokens, values = zip(*points.items())
         step = next(line["step"] for line in lines if line["tokens"] == tokens[-1])
         rows.append([label, folder, f"{step:,}", f"{values[-1]:.4f}", f"{min(values):.4f}"])

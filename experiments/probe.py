@@ -227,8 +227,8 @@ def draw_probe(results):
     right.yaxis.set_major_formatter(PercentFormatter(1))
     for ax in (left, right):
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend()
         ax.grid(axis="y")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(series)))
     return fig
 
 
