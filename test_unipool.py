@@ -746,6 +746,14 @@ def test_loss_with_and_without_logits(chunk, monkeypatch):
         model(idx, torch.full_like(targets, -100), keep_logits=False)
 
 
+def test_loss_of_a_float64_model_is_not_rounded():
+    model = small_model().double()
+    idx, targets = random_tokens(model.config), random_tokens(model.config)
+    out = model(idx, targets)
+    assert out.loss.dtype == torch.float64
+    assert out.loss == F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
+
+
 def test_loss_under_bf16_autocast_is_an_fp32_number():
     """Against float64 on the same rounded inputs; words are as frequent as in text, and states have a common part."""
     torch.manual_seed(0)
