@@ -1528,6 +1528,24 @@ def test_checkpoint_and_metrics_hold_what_is_promised(text_data, trained):
     assert metrics[-1]["val_loss"] == pytest.approx(expected, rel=1e-5), "validation must be pure cross-entropy"
 
 
+def test_a_parameter_without_a_gradient_is_told(text_data, tmp_path, capsys, monkeypatch):
+    """A fork's mistake, which would show only when the run is resumed; one that is frozen trains and resumes."""
+    init = UniPool.__init__
+
+    def with_more(self, config):
+        init(self, config)
+        self.more = torch.nn.Parameter(torch.ones(3), requires_grad=asks)
+
+    monkeypatch.setattr(UniPool, "__init__", with_more)
+    flags = [*TINY_RUN, f"--data_dir={text_data}", f"--out_dir={tmp_path / 'out'}"]
+    asks = True
+    fails(capsys, train.main, [*flags, "--max_steps=1"], "more", "gradient", "requires_grad_(False)")
+    asks = False
+    train.main([*flags, "--max_steps=1"])
+    train.main(["--resume", "--max_steps=2", f"--out_dir={tmp_path / 'out'}"])
+    assert (torch.load(tmp_path / "out" / "ckpt.pt")["model"]["more"] == 1).all()
+
+
 def test_a_step_is_the_gradient_of_loss_plus_alpha_times_balance(text_data, tmp_path):
     """A step of two micro-batches against AdamW's first by hand: p - lr * g / (|g| + eps), after clipping and decay."""
     flags = ["--max_steps=1", "--warmup=0", "--balance_coef=0.5", "--lr=1e-3", "--adam_eps=1e-3", "--weight_decay=0.1"]

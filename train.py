@@ -657,6 +657,9 @@ def run(argv, at_end):
                     rise = min(1, step / max(1, freeze))
                     loss = loss + rise * ENTROPY_COEF * cardinality_loss(out.mean_scores, K)
             (loss / accumulation).backward()
+            unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            if unused:  # would have no optimizer state to resume from
+                raise BadInput(f"{unused[0]} of the model gets no gradient: use it, or freeze it (requires_grad_(False))")
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             routing = routing + torch.stack([out.usage, out.mean_scores.detach()]) / accumulation
             for pool in model.pools:
