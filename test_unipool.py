@@ -3077,6 +3077,34 @@ def test_help(module, capsys):
     assert stop.value.code == 0 and not shown.err and start in shown.out and "--" in shown.out
 
 
+def test_recipes_of_the_readme():
+    """Another loss, token ids, expert choice: the README's code, put where it says, trains a router."""
+    text = " ".join((HERE / "README.md").read_text().split())
+    own_loss, add_loss = re.search(r"Another loss\*: .+?, as `(.+?)`, and add `(.+?)` where", text).groups()
+    hand_over = re.search(r"Token ids\*: `(.+?)` in `UniPool.trunk`", text)[1]
+    scores = re.search(r"Expert choice\*: .+? tokens, `(.+?)`\.", text)[1]
+
+    class Recipes(unipool.SoftmaxRouter):
+        def score(self, z):
+            exec(own_loss)
+            assert torch.equal(self.idx, idx), "the tokens that the model was given"
+            return eval(scores)
+
+    class Model(UniPool):
+        def trunk(self, idx, caches=None):
+            exec(hand_over)
+            return super().trunk(idx, caches)
+
+    with mock.patch.dict(ROUTERS, recipes=Recipes):
+        model = Model(small_config(router="recipes", top_k=8))
+    idx = random_tokens(model.config)
+    out = model(idx, idx)
+    torch.testing.assert_close(out.usage, torch.full((4, 8), 1 / 64), msg="each expert takes N / M of the N * M pairs")
+    alone, both = (torch.autograd.grad(loss, model.blocks[0].router.weight, retain_graph=True)[0]
+                   for loss in (out.loss, out.loss + eval(add_loss)))  # fmt: skip
+    assert alone.any() and not torch.equal(alone, both), "the loss reaches the router"
+
+
 def test_readme_points_at_the_lines_it_names():
     """Each [`code`](file#L12) in the README names the one line with that code; UPDATE_README=1 corrects the numbers."""
     readme = (HERE / "README.md").read_text()
