@@ -100,7 +100,7 @@ def test_the_papers_scales(scale, L, C, heads, alpha, printed):
         assert (c.block_size, c.top_k, c.rope_base, c.norm_eps, c.init_std) == (1024, 1, 1e6, 1e-5, 0.01)
     routing = {arch: (c.n_expert, c.n_pool, c.router, c.balance, c.balance_coef) for arch, c in configs.items()}
     assert routing["unipool"] == (8 * L, 1, "norm", "pool", alpha)
-    assert routing["vanilla"] == (8 * L, L, "softmax", "layer", 1e-2), "8 private experts a layer"
+    assert routing["vanilla"] == (8 * L, L, "softmax", "layer", 1e-2), "8 private experts per layer"
     assert routing["dense"][0] == 0
     assert UniPoolConfig.from_scale(scale, balance="layer").balance_coef == 1e-2
     assert UniPoolConfig.from_scale(scale, "vanilla", balance="pool").balance_coef == alpha

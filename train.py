@@ -65,8 +65,8 @@ class Settings:
     max_steps: int = flag(60_000, "optimizer steps in all, at which the run ends")
     decay_steps: int = flag(60_000, "where the cosine ends; not moved by --max_steps")
     warmup: float = flag(0.01, "share of --decay_steps in which the learning rate rises", low=0, high=1)
-    batch_size: int = flag(512, "sequences a step, over all processes", high=2**24)
-    micro_batch_size: int | None = flag(None, "sequences a forward pass, in each process (what a GPU has room for)")
+    batch_size: int = flag(512, "sequences per step, over all processes", high=2**24)
+    micro_batch_size: int | None = flag(None, "sequences per forward pass, in each process (what a GPU has room for)")
     lr: float = flag(5e-4, "highest learning rate", low=0, high=1e3)
     min_lr: float = flag(5e-5, "learning rate at the end of the cosine", low=0, high=1e3)
     weight_decay: float = flag(0.01, "of parameters with two or more dimensions", low=0, high=1e3)
@@ -538,7 +538,7 @@ def run(argv, at_end):
     settings, config = settle(given, saved)
     device = find_device(settings.device)
     micro_batch_size, accumulation = split_batch(settings, config, world_size, device)
-    per_process = micro_batch_size * accumulation  # sequences a step
+    per_process = micro_batch_size * accumulation  # sequences per step
     if settings.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -42,7 +42,7 @@ SCALES = {
     "830m": dict(n_layer=48, n_embd=1024, n_head=16, balance_coef=2e-2),
     "978m": dict(n_layer=24, n_embd=1536, n_head=16, balance_coef=2e-2),
 }
-ARCHS = ("unipool", "vanilla", "dense")  # one pool; 8 private experts a layer, softmax, layer loss; one FFN a layer
+ARCHS = ("unipool", "vanilla", "dense")  # one pool; 8 private experts per layer, softmax, layer loss; one FFN per layer
 
 
 @dataclass
@@ -55,7 +55,7 @@ class UniPoolConfig:
     n_head: int = 12
     n_kv_head: int = 4  # grouped-query attention: n_head / n_kv_head query heads share one key and value head
     n_embd: int = 768  # C
-    n_hidden: int = 3072  # H, of one expert (of the one FFN a layer, when n_expert is 0)
+    n_hidden: int = 3072  # H, of one expert (of the one FFN per layer, when n_expert is 0)
     n_expert: int = 96  # experts of all pools together, G * M; 0 is a dense model, without any routing
     n_pool: int = 1  # the paper's G: pools over depth, each shared by n_layer / n_pool adjacent layers
     top_k: int = 1  # k
@@ -397,7 +397,7 @@ class Block(nn.Module):
 
 class Output(NamedTuple):
     logits: torch.Tensor | None  # (B, T, V); None with keep_logits=False
-    loss: torch.Tensor | None  # (), cross-entropy in nats a token and nothing else; None without targets
+    loss: torch.Tensor | None  # (), cross-entropy in nats per token and nothing else; None without targets
     balance_loss: torch.Tensor  # (), Eq. 3 or 5 without alpha; 0 for a dense model and for balance "bias" or "none"
     usage: torch.Tensor  # (L, M), the f of each layer: sums to the share of its (token, choice) pairs that is served
     mean_scores: torch.Tensor  # (L, M), the P of each layer

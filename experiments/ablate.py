@@ -221,7 +221,7 @@ def draw(runs, results, title):
         right.plot([statistics.fmean(values)] * 2, [y - 0.3, y + 0.3], color=colour_of(label, names), lw=2)
     right.axvline(0, color=colour_of("vanilla", []), lw=1.6)
     right.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
-    right.set(ylim=(-0.6, len(names) - 0.4), xlabel="against vanilla, nats a token\n(dots: seeds; left is better)")
+    right.set(ylim=(-0.6, len(names) - 0.4), xlabel="against vanilla, nats per token\n(dots: seeds; left is better)")
     right.grid(axis="x")
     return fig
 

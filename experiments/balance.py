@@ -25,7 +25,7 @@ from experiments.probe import load_run, measure
 
 WAYS = {False: ("f of served pairs", "tab:blue"), True: ("with phantom load in f", "tab:red")}
 FIGURES = {"utilisation": "pool utilisation", "unserved": "pairs that no expert serves",
-           "loss": "validation loss, nats a byte"}  # fmt: skip
+           "loss": "validation loss, nats per byte"}  # fmt: skip
 pool_ffn = unipool.pool_ffn
 
 

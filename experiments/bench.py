@@ -1,7 +1,7 @@
 """How fast it is: training, generation, preparing data; each figure of the README's speed comes from here.
 
     python -m experiments.bench                                   # training and generation, at this machine's shapes
-    python -m experiments.bench --shapes 182m:16384 182m:65536    # scale:tokens a step
+    python -m experiments.bench --shapes 182m:16384 182m:65536    # scale:tokens per step
     python -m experiments.bench --parts roofline                  # no GPU: where a step on an H100 would spend its time
     python -m experiments.bench --parts prepare                   # prepare_pile.py against tiktoken alone
     python -m experiments.bench --parts transformers              # against Mixtral and OLMoE: pip install transformers
@@ -165,7 +165,7 @@ def training_step(model, optimizer, idx, micro_batches=1, begin=lambda phase: No
 
 
 def config_of(shape, arch):
-    """(UniPoolConfig, tokens a step) of "182m:16384" or "12x96:2048". Raises BadInput."""
+    """(UniPoolConfig, tokens per step) of "182m:16384" or "12x96:2048". Raises BadInput."""
     name, _, tokens = shape.partition(":")
     try:
         if name in SCALES:
@@ -298,7 +298,7 @@ def draw_roofline(results):
             left += widths
         for y, (end, f) in enumerate(zip(left, figures.values())):
             ax.text(end, y, f" {f['times dense']:.2f}", va="center", fontsize=8)
-        ax.set(title=title, xlabel="ms a step")
+        ax.set(title=title, xlabel="ms per step")
         ax.invert_yaxis()
     ax.set_xlim(right=1.1 * ax.get_xlim()[1])
     fig.suptitle("182m on one H100, PREDICTED from operations and bytes (numbers: speed, dense = 1)", fontsize=10)
@@ -411,7 +411,7 @@ PARTS = dict(train=bench_train, generate=bench_generate, roofline=bench_roofline
 def main(argv=None):
     parser = ExperimentParser(__doc__, "bench")
     parser.add_argument("--parts", nargs="+", default=["train", "generate"], choices=PARTS, help="(train generate)")
-    parser.add_argument("--shapes", nargs="+", help="of training: scale:tokens a step, or LxM:tokens (the machine's)")
+    parser.add_argument("--shapes", nargs="+", help="of training: scale:tokens per step, or LxM:tokens (the machine's)")
     parser.add_argument("--gradients_only", action="store_true", help="train: forward and backward, no optimizer")
     parser.add_argument("--steps", type=at_least(1), default=40, help="most timed rounds of each (%(default)s)")
     parser.add_argument("--seconds", type=at_least(0, float), default=60, help="after which rounds end, five at least")

@@ -162,7 +162,7 @@ def draw_curves(ax, curves, key):
         if top > low:
             ax.set_ylim(low - 0.04 * (top - low), top + 0.04 * (top - low))
     ax.set_xlim(left=min(ax.dataLim.intervalx))
-    name = "validation loss, nats a token" if key == "val_loss" else key
+    name = "validation loss, nats per token" if key == "val_loss" else key
     ax.set(xlabel=f"{unit}training tokens", ylabel=name)
     ax.grid()
 

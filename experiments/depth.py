@@ -1,4 +1,4 @@
-"""Must experts grow with depth? Vanilla models with 8 experts a layer against one pool of 32, at several depths.
+"""Must experts grow with depth? Vanilla models with 8 experts per layer against one pool of 32, at several depths.
 
     python -m experiments.depth --jobs 2
 
@@ -20,7 +20,7 @@ from train import parse_flags
 from unipool import UniPool
 
 POOL = 32  # experts of the shared pool, at every depth
-METHODS = {"vanilla": "vanilla, 8 experts a layer", "unipool": f"UniPool, {POOL} experts in all"}
+METHODS = {"vanilla": "vanilla, 8 experts per layer", "unipool": f"UniPool, {POOL} experts in all"}
 
 
 def table(results, parameters):

@@ -97,7 +97,7 @@ def load_run(path, device, data_dir=None):
 
 @torch.no_grad()
 def evaluate(model, data, indices, device, bar):
-    """(cross-entropy in nats a token, share of tokens that are predicted rightly) over the sequences `indices`."""
+    """(cross-entropy in nats per token, share of tokens that are predicted rightly) over the sequences `indices`."""
     loss, right = torch.zeros(2, dtype=torch.float64, device=device)
     for block in model.blocks:
         block.router.seen = []
@@ -159,7 +159,7 @@ def table(results):
     """Rows of figures, a column for each run."""
     runs = list(results.values())
     rows = [
-        ["validation loss, nats a token", *(f"{f['loss']:.4f}" for f in runs)],
+        ["validation loss, nats per token", *(f"{f['loss']:.4f}" for f in runs)],
         ["next token predicted rightly", *(f"{f['accuracy']:.2%}" for f in runs)],
         ["pool utilisation", *(f"{f['utilisation']:.1%}" for f in runs)],
         ["pairs that no expert serves", *(f"{np.mean(f['unserved']):.1%}" for f in runs)],
@@ -218,7 +218,7 @@ def draw_probe(results):
         left.bar(xs, np.mean(changes, axis=1), 0.75 / len(series), color=colour, label=f"{label}, {way}",
                  hatch="///" if way == "matched" else None, edgecolor="white", lw=0.5)  # fmt: skip
         left.plot(xs, changes, ".", color="0.15", ms=3)
-    left.set(xlabel="layer that chooses at random (dots: draws)", ylabel="change of the validation loss,\nnats a token")
+    left.set(xlabel="layer that chooses at random (dots: draws)", ylabel="change of the loss,\nnats per token")
     for label, f in results.items():
         counts = np.bincount(f["layers_of_expert"], minlength=len(f["shares"]) + 1)
         right.plot(counts / counts.sum(), marker="o", ms=4, color=colour_of(label, list(results)), label=label)
