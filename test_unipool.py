@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -2092,6 +2093,26 @@ def test_bad_flags_of_train(flags, text_data, capsys, tmp_path, monkeypatch):
 def test_batch_not_divisible_by_processes():
     with pytest.raises(BadInput, match=r"--batch_size=8 .* 3 process"):
         train.split_batch(*train.settle(dict(batch_size=8), None), 3, torch.device("cpu"))
+
+
+@needs_proc
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_a_step_finds_the_memory_of_the_one_before():
+    """64 MB that are freed stay with the process once keep_freed_memory() was called, and go back without it."""
+    code = """
+import re, sys, torch, train
+def resident():
+    return int(re.search(r"VmRSS:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
+if sys.argv[1] == "keep":
+    train.keep_freed_memory()
+before = resident()
+x = torch.ones(2**24)
+del x
+print(resident() - before)
+"""
+    kept, given_back = (int(subprocess.run([sys.executable, "-c", code, word], cwd=HERE, capture_output=True).stdout)
+                        for word in ("keep", "give"))  # fmt: skip
+    assert kept > 50 > 10 > given_back, (kept, given_back)
 
 
 @pytest.mark.parametrize("scale, gib, expected", [("182m", 80, (64, 1)), ("182m", 24, (16, 4)), ("469m", 80, (16, 4)),
