@@ -668,9 +668,10 @@ def run(argv, at_end):
             for tensor in (losses, routing, *gradients):
                 dist.all_reduce(tensor.div_(world_size))
         usage, scores = routing
-        unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        if unused:  # would have no optimizer state to resume from
-            raise BadInput(f"{unused[0]} of the model gets no gradient: use it, or freeze it (requires_grad_(False))")
+        if step == first_step:
+            for name, p in model.named_parameters():
+                if p.requires_grad and p.grad is None:  # would have no optimizer state to resume from
+                    raise BadInput(f"{name} of the model gets no gradient: use it or freeze it (requires_grad_(False))")
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf))
         # A loss or gradient that is not finite skips the step. Fused AdamW does so by itself, told by found_inf as by
         # torch.amp.GradScaler: the loop need not wait for the GPU to know. (On mps it does not, so there we wait.)

@@ -646,7 +646,7 @@ class PoolGradient:
             return
         if first:  # in fp32, or fp64 of fp64
             self.total = torch.empty_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
-        of_experts = [zip(*(t.split(group_sizes(ends, t)) for t in (x, dy))) for ends, x, dy in records]
+        of_experts = [zip(x.split(sizes := group_sizes(ends, x)), dy.split(sizes)) for ends, x, dy in records]
         for dw, *of_layers in zip(self.total, *of_experts):  # an expert's gradient, and its (x, dy) in each record
             x, dy = (torch.cat(rows) if len(rows) > 1 else rows[0] for rows in zip(*of_layers))
             dw.addmm_(x.t().to(dw.dtype), dy.to(dw.dtype), beta=0 if first else 1)
