@@ -1959,10 +1959,18 @@ def test_a_data_file_that_is_lost_ends_the_run(harm, text_data, trained, tmp_pat
     assert_undisturbed(out_dir, trained, step=9)
 
 
+def lines_in(path):
+    """0 of no file: a run that begins anew removes what an earlier one logged, at any moment."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
 def wait_for(process, metrics, lines):
     """Until the log of the run has so many lines."""
     end = time.monotonic() + 100
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+    while lines_in(metrics) < lines:
         assert time.monotonic() < end and process.poll() is None, output_of(process)
         time.sleep(0.01)
 
@@ -2014,8 +2022,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(processes, kills,
             time.sleep(rng.uniform(1, 5))
         else:
             time.sleep(1.5)  # until metrics.jsonl has been trimmed, at the latest
-            before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-            wait_for(run, metrics, before + rng.randrange(1, 20))
+            wait_for(run, metrics, lines_in(metrics) + rng.randrange(1, 20))
             time.sleep(rng.uniform(0, 0.03))
         with contextlib.suppress(ProcessLookupError):  # what a dying process leaves is looked at all the same
             os.kill(rng.choice(children_of(run)) if processes else run.pid, signal.SIGKILL)
@@ -2527,7 +2534,7 @@ def test_ablate_stopped_in_the_middle_goes_on(text_data, tmp_path):
         if name == "stopped":
             process = subprocess.Popen(launch, cwd=HERE, stderr=subprocess.DEVNULL)
             metrics = tmp_path / name / "vanilla-5" / "metrics.jsonl"
-            while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+            while lines_in(metrics) < 3:
                 assert process.poll() is None, "it ended too early"
                 time.sleep(0.05)
             process.terminate()
