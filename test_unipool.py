@@ -717,7 +717,7 @@ def test_compiled_one_pass():
         assert_close(gradients(model, lambda _: training_loss(compiled)), expected, rtol=1e-4, atol=1e-6)
         if step == 0:
             breaks, graphs = counters["graph_break"].copy(), counters["stats"]["unique_graphs"]
-    assert len(breaks) <= 2 and "expert_ffn" in " ".join(breaks), breaks
+    assert len(breaks) <= 2 and "grouped_l" in " ".join(breaks), breaks
     assert counters["stats"]["unique_graphs"] == graphs, "something was compiled again"
 
 
@@ -2122,7 +2122,7 @@ print(resident() - before)
     assert kept > 50 > 10 > given_back, (kept, given_back)
 
 
-@pytest.mark.parametrize("scale, gib, expected", [("182m", 80, (64, 1)), ("182m", 24, (16, 4)), ("469m", 80, (16, 4)),
+@pytest.mark.parametrize("scale, gib, expected", [("182m", 80, (64, 1)), ("182m", 24, (8, 8)), ("469m", 80, (16, 4)),
                                                   ("182m", 8, (1, 64))])  # fmt: skip
 def test_a_micro_batch_is_what_a_gpu_has_room_for(scale, gib, expected, monkeypatch):
     memory = types.SimpleNamespace(total_memory=gib * 2**30)
@@ -2398,7 +2398,7 @@ def test_memory_of_a_step_by_hand(fake_steps):
     layer = 2 * 4 * C  # the residual stream before either norm
     layer += 2 * C + 2 * (q + 2 * kv) + 2 * (q + kv) + 2 * q + 4 * 4  # norm's output, qkv, turned q and k, output, sums
     layer += 4 * C + 4 * 4 * M  # norm's output in fp32, logits, scores and two steps between them
-    layer += 2 * C + 2 * 2 * H + 2 * C  # an expert's rows, gate and up, and what it gives
+    layer += 2 * C + 2 * 2 * H + 2 * 2 * H + 2 * C  # an expert's rows; gate and up; silu(gate), h; and what it gives
     outside = 3 * 4 * C + 2 * C  # embeddings, the final norm's input and output, the gradient of the latter
     loss = unipool.LOSS_CHUNK * V * (4 + 4) + V * C * (2 + 4)  # a chunk's logits, log-softmax; head in bf16, gradient
     with torch.device("meta"):

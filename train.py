@@ -176,7 +176,8 @@ def tokens_with_room(config, n_shards, memory):
     with torch.device("meta"):
         n_params = UniPool(config).num_params()
     of_state = n_params * (16 / n_shards + 3)  # weights, gradients, two moments; copies in bf16 and what sums need
-    of_token = (12 + 37 * config.top_k) * config.n_embd * config.n_layer  # kept by a layer for itself, and its choices
+    of_choice = 21 * config.n_embd + 8 * config.n_hidden
+    of_token = (12 * config.n_embd + config.top_k * of_choice) * config.n_layer  # what layers keep
     return int((0.9 * memory - of_state) / of_token)
 
 

@@ -296,12 +296,15 @@ def pool_ffn(x, gates, experts, weights):
     if len(x) == 1 and not torch.is_grad_enabled():
         return one_token_ffn(x, gates, experts, weights)
     N, k = experts.shape
-    M, dtype = len(weights[1]), weights[1].dtype
+    gate_up, down = weights
+    M = len(down)
     # Sort the R = N * k pairs by expert: row r is pair pair_of_row[r]; expert i has the rows ends[i-1] ... ends[i]-1.
     expert_of_row, pair_of_row = torch.where(gates != 0, experts, M).flatten().sort(stable=True)  # (R,) each
     ends = torch.searchsorted(expert_of_row, torch.arange(M, device=x.device), right=True)  # (M,)
-    pairs = x.to(dtype).unsqueeze(1).expand(N, k, -1).flatten(0, 1)  # (R, C)
-    outputs = expert_ffn(pairs, pair_of_row, ends, weights, fuse=torch.compiler.is_compiling())  # (R, C): e_i(x)
+    pairs = x.to(down.dtype).unsqueeze(1).expand(N, k, -1).flatten(0, 1)  # (R, C)
+    rows = Reorder.apply(pairs, pair_of_row, ends, False)
+    rows = grouped_linear(swiglu(grouped_linear(rows, gate_up, ends)), down, ends)  # e_i(x), by way of (R, 2H), (R, H)
+    outputs = Reorder.apply(rows, pair_of_row, ends, True)
     y = (gates.unsqueeze(-1) * outputs.view(N, k, -1)).sum(dim=1)  # Eq. 2; the gates are fp32, and so is the sum
     return y, ends.diff(prepend=ends.new_zeros(1)) / (N * k)
 
@@ -621,7 +624,7 @@ def group_sizes(ends, rows):
 class PoolGradient:
     """The gradient of a weight (M, in, out), in the making during a backward pass."""
 
-    capacity = 8  # records are multiplied early once they hold more than this many times the weight's elements
+    capacity = 16  # records are multiplied early once they hold more than this many times the weight's elements
 
     def __init__(self, weight):
         self.weight, self.backward_pass = weight, None
@@ -678,7 +681,7 @@ def sum_of_products(records):
 
 
 class HandOut(torch.autograd.Function):
-    """Hands a weight of the pool, cast once, to layers. ExpertFFN returns no gradient for it but leaves it with
+    """Hands a weight of the pool, cast once, to layers. GroupedLinear returns no gradient for it but leaves it with
     ctx.gradient; autograd still calls the backward here after all of theirs, when the gradient is complete.
     """
 
@@ -691,62 +694,58 @@ class HandOut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @torch.compiler.disable
-    def backward(ctx, other):  # of other uses than ExpertFFN: as a rule None
+    def backward(ctx, other):  # of other uses than GroupedLinear: as a rule None
         parts = [part for part in (ctx.gradient.take(), other) if part is not None]
         return (sum(parts[1:], parts[0]).to(ctx.dtype) if parts else None), None
 
 
-@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: one graph break a layer
-def expert_ffn(pairs, pair_of_row, ends, weights, fuse):
-    """e_i(x) of each pair x (R, C), of its expert i; 0 for the pairs behind ends[-1]. fuse: compile the activation."""
+@torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: two graph breaks a layer
+def grouped_linear(rows, weight, ends):
+    """x W_i for each row x, of its expert i. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
     # A weight that was not handed out to all layers is so to this one: autograd then adds up what the layers return.
-    weights = [w if isinstance(w.grad_fn, HandOut._backward_cls) else HandOut.apply(w, w.detach()) for w in weights]
-    return ExpertFFN.apply(pairs, pair_of_row, ends, *weights, compiled(swiglu) if fuse else swiglu)
+    handed_out = weight if isinstance(weight.grad_fn, HandOut._backward_cls) else HandOut.apply(weight, weight.detach())
+    return GroupedLinear.apply(rows, handed_out, ends)
 
 
-compiled = functools.cache(torch.compile)
-
-
-class ExpertFFN(torch.autograd.Function):
-    """Keeps rows and hidden for the backward pass, where the activation is computed again."""
-
+class GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pairs, pair_of_row, ends, gate_up, down, activation):
-        rows = pairs.index_select(0, pair_of_row)  # (R, C)
-        hidden = grouped_product(rows, gate_up, ends)  # (R, 2H)
-        ctx.save_for_backward(rows, pair_of_row, ends, gate_up, down, hidden)
-        ctx.activation = activation
+    def forward(ctx, rows, weight, ends):
+        ctx.save_for_backward(rows, weight, ends)
         # Of a frozen weight, which has no grad_fn, the gradient is thrown away.
-        ctx.gradients = [getattr(w.grad_fn, "gradient", None) or PoolGradient(w) for w in (gate_up, down)]
-        return by_pair(grouped_product(activation(hidden), down, ends), pair_of_row, ends)
+        ctx.gradient = getattr(weight.grad_fn, "gradient", None) or PoolGradient(weight)
+        return grouped_product(rows, weight, ends)
 
     @staticmethod
     @once_differentiable
     @torch.compiler.disable
     def backward(ctx, dy):
-        rows, pair_of_row, ends, gate_up, down, hidden = ctx.saved_tensors
-        of_gate_up, of_down = ctx.gradients
-        dy = dy.index_select(0, pair_of_row)  # (R, C), 0 behind ends[-1]
-        h, d_hidden = with_gradient(ctx.activation, hidden, grouped_product(dy, down.mT, ends))
-        of_gate_up.add(ends, rows, d_hidden)
-        of_down.add(ends, h, dy)
-        dx = grouped_product(d_hidden, gate_up.mT, ends)
-        return by_pair(dx, pair_of_row, ends), None, None, None, None, None
+        rows, weight, ends = ctx.saved_tensors
+        ctx.gradient.add(ends, rows, dy)
+        return grouped_product(dy, weight.mT, ends), None, None
 
 
-def by_pair(rows, pair_of_row, ends):
-    """The rows back at their pairs' places; 0 for those behind ends[-1], which nothing has written."""
-    rows.masked_fill_((torch.arange(len(rows), device=rows.device) >= ends[-1])[:, None], 0)
+def reorder(rows, pair_of_row, ends, back):
+    if not back:
+        return rows.index_select(0, pair_of_row)
     row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(len(rows), device=rows.device))
-    return rows.index_select(0, row_of_pair)
+    return rows.index_select(0, row_of_pair).masked_fill_((row_of_pair >= ends[-1])[:, None], 0)
 
 
-def with_gradient(function, x, dy):
-    """y = function(x), and the gradient of x from dy, that of y."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y = function(x)
-    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+class Reorder(torch.autograd.Function):
+    """Rows (R, C) from the order of the pairs to that of their experts, or back; those that no expert serves come back
+    as 0, whatever they hold. Autograd's own backward would add up where this moves.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, pair_of_row, ends, back):
+        ctx.save_for_backward(pair_of_row, ends)
+        ctx.back = back
+        return reorder(rows, pair_of_row, ends, back)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return reorder(dy, *ctx.saved_tensors, not ctx.back), None, None, None
 
 
 LOSS_CHUNK = 4096  # tokens whose logits are held at a time
