@@ -1795,6 +1795,22 @@ def test_a_run_that_locks(text_data, tmp_path):
         assert_undisturbed(tmp_path / f"killed{step}", straight, 8)
 
 
+@pytest.mark.parametrize("flags", [["--lock=0.1"], ["--lock_random"]])
+def test_the_entropy_loss_rises_over_a_sixtieth(flags, text_data, tmp_path, monkeypatch):
+    """Read from the gradient that reaches it. The control has nothing to lock, but the same losses."""
+    weights = []
+
+    def loss(P, n_owned):
+        value = P.sum().detach().requires_grad_()
+        value.register_hook(lambda gradient: weights.append(gradient.item()))
+        return value
+
+    monkeypatch.setattr(train, "cardinality_loss", loss)
+    decay_steps = 60 if flags[0] == "--lock=0.1" else 180  # frozen at step 3; a sixtieth is 3 steps
+    run_train(text_data, tmp_path, *flags, f"--decay_steps={decay_steps}", "--max_steps=5", "--micro_batch_size=8")
+    assert weights == pytest.approx([0, 5e-3 / 3, 5e-3 * 2 / 3, 5e-3, 5e-3])
+
+
 def test_random_owners_from_the_start(text_data, tmp_path):
     """The control. The same for the same seed, and not what the data would give."""
     found = []

@@ -146,7 +146,7 @@ def settle(given, saved):
             raise BadInput(f"--{f.name}={value} must be at least {low} and below {high}")
     if settings.min_lr > settings.lr:
         raise BadInput(f"--min_lr={settings.min_lr} is above --lr={settings.lr}, from where it falls: give a lower one")
-    lock_steps(settings, config)
+    lock_steps(settings, config)  # only to check
     return settings, config
 
 
@@ -577,7 +577,7 @@ def run(argv, at_end):
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, betas, settings.adam_eps)
     step = position = 0  # optimizer steps done, training sequences seen
     skipped = torch.zeros(2, dtype=torch.int64, device=device)  # steps skipped: in all, and the last ones in a row
-    best = math.inf  # lowest validation loss, of the same tokens of the same data
+    best = math.inf  # lowest validation loss, of the same tokens of the same data: counts while `validated` is the same
     validated = [meta, len(validation_indices(val_data, settings.eval_tokens, micro_batch_size * world_size))]
     if resuming:
         restore(model, optimizer, saved, ckpt_path)
@@ -592,6 +592,7 @@ def run(argv, at_end):
 
     locking, K = lock_steps(settings, config), config.n_expert // config.n_layer
     freeze, locked = locking or (0, 0)
+    ramp = freeze or max(1, settings.decay_steps // 60)  # steps in which the entropy loss rises
     owned = torch.stack([block.router.seen for block in model.blocks]) == 1 if locking else None  # (L, M), if resuming
 
     # ---- Logs, and signals
@@ -655,8 +656,7 @@ def run(argv, at_end):
                 out = forward(x, y, keep_logits=False)
                 loss = out.loss + config.balance_coef * out.balance_loss
                 if locking:
-                    rise = min(1, step / max(1, freeze))
-                    loss = loss + rise * ENTROPY_COEF * cardinality_loss(out.mean_scores, K)
+                    loss = loss + min(1, step / ramp) * ENTROPY_COEF * cardinality_loss(out.mean_scores, K)
             (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             routing = routing + torch.stack([out.usage, out.mean_scores.detach()]) / accumulation
@@ -736,13 +736,13 @@ def run(argv, at_end):
         # ---- What is saved
         if writing and writing.done():
             writing.result()  # raises what went wrong in the thread
-        is_last = is_last or stopping
-        saving = is_last or is_best or settings.ckpt_interval > 0 and step % settings.ckpt_interval == 0
+        ending = is_last or stopping
+        saving = ending or is_best or settings.ckpt_interval > 0 and step % settings.ckpt_interval == 0
         if saving and skipped[0] < step:
-            # Here the state is copied to the CPU's memory, or in it while training goes on; the thread does the rest.
+            # snapshot() copies to the CPU's memory; the thread writes while training goes on.
             if writing:  # one copy at a time
                 writing.result()
-            state = snapshot(model, optimizer, not is_last)
+            state = snapshot(model, optimizer, not ending)
             kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
             state |= dict(config=asdict(config), settings=kept, tokenizer=meta["tokenizer"], step=step, best=best,
                           validated=validated, position=position, rng=torch.get_rng_state(),

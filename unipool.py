@@ -55,8 +55,8 @@ class UniPoolConfig:
     n_head: int = 12
     n_kv_head: int = 4  # grouped-query attention: n_head / n_kv_head query heads share one key and value head
     n_embd: int = 768  # C
-    n_hidden: int = 3072  # H, of one expert (of the one FFN per layer, when n_expert is 0)
-    n_expert: int = 96  # experts of all pools together, G * M; 0 is a dense model, without any routing
+    n_hidden: int = 3072  # H, of one expert (of the one FFN per layer, when n_expert is 0); from_scale: 4 * C
+    n_expert: int = 96  # of all pools together, G * M; 0 is a dense model, without any routing; from_scale: 8 * L
     n_pool: int = 1  # the paper's G: pools over depth, each shared by n_layer / n_pool adjacent layers
     top_k: int = 1  # k
     router: str = "norm"  # norm (Eq. 7) | softmax | sigmoid
@@ -87,12 +87,9 @@ class UniPoolConfig:
         size = dict(n_layer=cls.n_layer, n_embd=cls.n_embd) | SCALES[scale] | overrides
         if arch == "vanilla" and overrides.get("n_pool", size["n_layer"]) != size["n_layer"]:
             raise ValueError(f"n_pool={overrides['n_pool']} contradicts arch='vanilla', whose layers have a pool each")
-        fields = size | dict(n_hidden=4 * size["n_embd"], n_expert=8 * size["n_layer"])
-        if arch == "vanilla":
-            fields |= dict(n_pool=size["n_layer"], router="softmax", balance="layer")
-        if arch == "dense":
-            fields |= dict(n_expert=0, balance="none")
-        fields |= overrides
+        vanilla = dict(n_pool=size["n_layer"], router="softmax", balance="layer")
+        of_arch = dict(unipool={}, vanilla=vanilla, dense=dict(n_expert=0, balance="none"))[arch]
+        fields = size | dict(n_hidden=4 * size["n_embd"], n_expert=8 * size["n_layer"]) | of_arch | overrides
         if fields.get("balance") == "layer" and "balance_coef" not in overrides:
             fields["balance_coef"] = cls.balance_coef  # the layer loss has this alpha at every scale
         return cls(**fields)
@@ -298,13 +295,14 @@ def pool_ffn(x, gates, experts, weights):
     N, k = experts.shape
     gate_up, down = weights
     M = len(down)
-    # Sort the R = N * k pairs by expert: row r is pair pair_of_row[r]; expert i has the rows ends[i-1] ... ends[i]-1.
+    # Sort the R = N * k pairs by expert: row r is pair pair_of_row[r]; expert i has the rows from where i - 1 ends to
+    # ends[i]. Pairs that no expert serves come last, as if M did.
     expert_of_row, pair_of_row = torch.where(gates != 0, experts, M).flatten().sort(stable=True)  # (R,) each
     ends = torch.searchsorted(expert_of_row, torch.arange(M, device=x.device), right=True)  # (M,)
     pairs = x.to(down.dtype).unsqueeze(1).expand(N, k, -1).flatten(0, 1)  # (R, C)
-    rows = Reorder.apply(pairs, pair_of_row, ends, False)
+    rows = Reorder.apply(pairs, pair_of_row, ends, False)  # to the order of the experts
     rows = grouped_linear(swiglu(grouped_linear(rows, gate_up, ends)), down, ends)  # e_i(x), by way of (R, 2H), (R, H)
-    outputs = Reorder.apply(rows, pair_of_row, ends, True)
+    outputs = Reorder.apply(rows, pair_of_row, ends, True)  # and back, 0 for pairs that no expert serves
     y = (gates.unsqueeze(-1) * outputs.view(N, k, -1)).sum(dim=1)  # Eq. 2; the gates are fp32, and so is the sum
     return y, ends.diff(prepend=ends.new_zeros(1)) / (N * k)
 
@@ -333,8 +331,8 @@ def cardinality_loss(P, n_owned):
     It asks each layer to use about K = n_owned experts (exp H_l is how many it uses). P: (L, M) -> ().
     """
     p = P / (P.sum(dim=1, keepdim=True) + 1e-8)
-    H = -(p * (p + 1e-8).log()).sum(dim=1)  # (L,)
-    return (H - math.log(n_owned)).square().mean()
+    entropy = -(p * (p + 1e-8).log()).sum(dim=1)  # (L,)
+    return (entropy - math.log(n_owned)).square().mean()
 
 
 def assign_experts(usage):
@@ -478,7 +476,7 @@ class UniPool(nn.Module):
         """idx, targets: (B, T) int64 with T <= block_size; targets of -1 do not count. Returns an Output.
 
         The training loss is out.loss + config.balance_coef * out.balance_loss. keep_logits=False computes the loss in
-        chunks, without ever holding all B * T * V logits, and returns no logits. Raises ValueError if T > block_size.
+        chunks, without ever holding all B * T * V logits, and returns no logits.
         """
         x, f, P = self.trunk(idx)
         logits = self.head(x) if keep_logits or targets is None else None  # (B, T, V)
@@ -505,9 +503,8 @@ class UniPool(nn.Module):
         owned: (L, M) bool, as assign_experts gives it. The norm in Eq. 7 stays that of all M logits, so that no score
         jumps; at progress 1 those experts are never chosen.
         """
-        fading = 0.0 if progress >= 1 else (1 + math.cos(math.pi * progress)) / 2
-        if progress > 0:
-            fading = min(fading, 1 - 2**-24)  # below 1 also in fp32: who sees an expert fully, owns it
+        # Below 1 in fp32 too once it has begun: who sees an expert fully, owns it.
+        fading = min((1 + math.cos(math.pi * progress)) / 2, 1 - 2**-24 * (progress > 0))
         for block, own in zip(self.blocks, owned):
             block.router.seen.copy_(torch.where(own, 1.0, fading))
 
@@ -647,7 +644,7 @@ class PoolGradient:
             product = sum_of_products(records)
             self.total = product if first else self.total.float().add_(product)  # of several, in fp32
             return
-        if first:  # in fp32, or fp64 of fp64
+        if first:  # fp32; fp64 for a weight in fp64
             self.total = torch.empty_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         of_experts = [zip(x.split(sizes := group_sizes(ends, x)), dy.split(sizes)) for ends, x, dy in records]
         for dw, *of_layers in zip(self.total, *of_experts):  # an expert's gradient, and its (x, dy) in each record
@@ -681,8 +678,8 @@ def sum_of_products(records):
 
 
 class HandOut(torch.autograd.Function):
-    """Hands a weight of the pool, cast once, to layers. GroupedLinear returns no gradient for it but leaves it with
-    ctx.gradient; autograd still calls the backward here after all of theirs, when the gradient is complete.
+    """Hands a weight of the pool, cast once, to layers. The ctx here is the result's grad_fn: there GroupedLinear finds
+    `gradient` and records into it. It returns none itself, but autograd still runs this backward after all of theirs.
     """
 
     @staticmethod
@@ -702,7 +699,7 @@ class HandOut(torch.autograd.Function):
 @torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: two graph breaks a layer
 def grouped_linear(rows, weight, ends):
     """x W_i for each row x, of its expert i. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
-    # A weight that was not handed out to all layers is so to this one: autograd then adds up what the layers return.
+    # A weight that was not handed out to all layers is so to this call alone: autograd then adds up over the calls.
     handed_out = weight if isinstance(weight.grad_fn, HandOut._backward_cls) else HandOut.apply(weight, weight.detach())
     return GroupedLinear.apply(rows, handed_out, ends)
 
@@ -711,8 +708,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, ends):
         ctx.save_for_backward(rows, weight, ends)
-        # Of a frozen weight, which has no grad_fn, the gradient is thrown away.
-        ctx.gradient = getattr(weight.grad_fn, "gradient", None) or PoolGradient(weight)
+        ctx.gradient = getattr(weight.grad_fn, "gradient", None)  # a frozen weight has none
         return grouped_product(rows, weight, ends)
 
     @staticmethod
@@ -720,7 +716,8 @@ class GroupedLinear(torch.autograd.Function):
     @torch.compiler.disable
     def backward(ctx, dy):
         rows, weight, ends = ctx.saved_tensors
-        ctx.gradient.add(ends, rows, dy)
+        if ctx.gradient is not None:
+            ctx.gradient.add(ends, rows, dy)
         return grouped_product(dy, weight.mT, ends), None, None
 
 
