@@ -725,7 +725,8 @@ def reorder(rows, pair_of_row, ends, back):
     if not back:
         return rows.index_select(0, pair_of_row)
     row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(len(rows), device=rows.device))
-    return rows.index_select(0, row_of_pair).masked_fill_((row_of_pair >= ends[-1])[:, None], 0)
+    # Not masked_fill_: torch 2.11 compiles it, in a Function, to wrong gradients.
+    return torch.where((row_of_pair < ends[-1])[:, None], rows.index_select(0, row_of_pair), 0)
 
 
 class Reorder(torch.autograd.Function):

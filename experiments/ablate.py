@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from command import BadInput, run_command
-from experiments.common import ExperimentParser, at_least, machine, markdown, save, spread
+from experiments.common import RunsParser, at_least, machine, markdown, save, spread
 from experiments.compare import ROUTING, colour_of, curve, draw_curves, methods, read_metrics
 from prepare_pile import new_file
 from train import parse_flags, settle
@@ -125,8 +125,15 @@ def choose_runs(groups, seeds, given, folder):
     return [Run(name, seed, flags[name], folder) for seed in dict.fromkeys(seeds) for name in flags]
 
 
-def train_all(runs, jobs, nproc, about):
-    """Train what is not done, `jobs` at a time. Raises BadInput when one fails; the others then save and end."""
+def train_all(runs, jobs, nproc=1):
+    """Train what is not done, `jobs` at a time, each in nproc processes; returns what machine() says before.
+
+    Raises BadInput when one fails; the others then save and end.
+    """
+    on_gpu = torch.cuda.is_available()
+    if jobs > 1 and on_gpu:
+        raise BadInput(f"--jobs={jobs}: on GPUs start several commands, each with its own CUDA_VISIBLE_DEVICES")
+    about = machine(torch.device("cuda" if on_gpu else "cpu"))
     for run in runs:
         run.check()
     waiting = [run for run in runs if not read_record(run.folder).get("done")]
@@ -159,6 +166,7 @@ def train_all(runs, jobs, nproc, about):
         for _, process in running.values():
             process.wait()
         bar.close()
+    return about
 
 
 def summarise(runs):
@@ -227,27 +235,21 @@ def draw(runs, results, title):
 
 
 def main(argv=None):
-    parser = ExperimentParser(__doc__, "ablate_SCALE_METHODS")
+    parser = RunsParser(__doc__, "ablate_SCALE_METHODS", "runs/SCALE")
     parser.add_argument("--methods", nargs="+", default=["main"], help=f"groups, or any of {', '.join(methods(12))}")
     parser.add_argument("--list", action="store_true", help="print the groups and methods, and train nothing")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
     parser.add_argument("--scale", default="tiny", help="as in train.py (%(default)s)")
-    parser.add_argument("--runs", help="folder for the runs (runs/SCALE)")
-    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--nproc_per_node", type=at_least(1), default=1, help="processes of each (%(default)s)")
     args, flags = parser.parse_known_args(argv)
     if args.list:
         print("\n".join(f"{name}: {', '.join(group)}" for name, group in (GROUPS | dict(all=methods(12))).items()))
         return
-    if args.jobs > 1 and torch.cuda.is_available():
-        raise BadInput(f"--jobs={args.jobs}: on GPUs start several commands, each with its own CUDA_VISIBLE_DEVICES")
     if args.name == parser.get_default("name"):
         args.name = "_".join(["ablate", args.scale, *args.methods])
-    folder = Path(args.runs or Path("runs") / args.scale)
+    folder = Path(args.runs.replace("SCALE", args.scale))
     given = parse_flags([f"--scale={args.scale}", *flags])
-    about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     runs = choose_runs(args.methods, args.seeds, given, folder)
-    train_all(runs, args.jobs, args.nproc_per_node, about)
+    about = train_all(runs, args.jobs, args.nproc_per_node)
     results, seeds, first = summarise(runs), sorted({run.seed for run in runs}), runs[0]
     tokens = first.settings.max_steps * first.settings.batch_size * first.config.block_size
     title = f"{args.scale}, {tokens / 1e6:,.1f}M tokens, seeds {', '.join(map(str, seeds))}"

@@ -19,7 +19,7 @@ import train
 import unipool
 from command import run_command
 from experiments.ablate import TRAIN, Run, read_record, train_all
-from experiments.common import ExperimentParser, at_least, machine, markdown, save, spread
+from experiments.common import RunsParser, at_least, markdown, save, spread
 from experiments.compare import read_metrics
 from experiments.probe import load_run, measure
 
@@ -87,11 +87,8 @@ def draw(results, coefs):
 
 
 def main(argv=None):
-    parser = ExperimentParser(__doc__, "balance")
+    parser = RunsParser(__doc__, "balance", "runs/balance")
     parser.add_argument("--coefs", type=float, nargs="+", default=[0, 0.001, 0.01, 0.1, 1], help="(0 0.001 ... 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
-    parser.add_argument("--runs", default="runs/balance", help="folder for the runs (%(default)s)")
-    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--tokens", type=at_least(1), default=2**16, help="of the validation split (%(default)s)")
     args, rest = parser.parse_known_args(argv)
     given, runs, results = train.parse_flags(rest), {}, {}
@@ -100,8 +97,7 @@ def main(argv=None):
             for phantom in WAYS if coef else [False]:  # without the loss f changes nothing
                 name, flags = f"{coef:g}-{'phantom' if phantom else 'served'}", dict(balance_coef=coef, keep=1)
                 runs[coef, phantom, seed] = Run(name, seed, given | flags, Path(args.runs), PROGRAMS[phantom])
-    about = machine(torch.device("cpu"))
-    train_all(list(runs.values()), args.jobs, 1, about)
+    about = train_all(list(runs.values()), args.jobs)
     for (coef, phantom, seed), run in tqdm(runs.items(), unit="run"):
         results.setdefault((coef, phantom), {})[seed] = figures_of(run, args.tokens)
     if 0 in args.coefs:

@@ -33,6 +33,16 @@ class ExperimentParser(Parser):
                           help="folder for JSON, table and pictures; empty for none (%(default)s)")  # fmt: skip
 
 
+class RunsParser(ExperimentParser):
+    """An ExperimentParser for what trains several runs; flags that it does not know are train.py's."""
+
+    def __init__(self, description, name, runs):
+        super().__init__(description, name)
+        self.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
+        self.add_argument("--runs", default=runs, help=f"folder for the runs ({runs})")
+        self.add_argument("--jobs", type=at_least(1), default=1, help="runs side by side (%(default)s)")
+
+
 def file_name(text):
     """The type of a flag that takes the name of a file, without folders."""
     if not text or Path(text).name != text:

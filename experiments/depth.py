@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from command import run_command
 from experiments.ablate import Run, read_record, train_all
-from experiments.common import ExperimentParser, at_least, machine, markdown, save, spread
+from experiments.common import RunsParser, at_least, markdown, save, spread
 from experiments.compare import methods, read_metrics
 from train import parse_flags
 from unipool import UniPool
@@ -47,20 +47,16 @@ def draw(results, parameters, title):
 
 
 def main(argv=None):
-    parser = ExperimentParser(__doc__, "depth_tiny")
+    parser = RunsParser(__doc__, "depth_tiny", "runs/depth")
     parser.add_argument("--depths", type=at_least(1), nargs="+", default=[4, 8, 16], help="layers (4 8 16)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(1 2 3)")
-    parser.add_argument("--runs", default="runs/depth", help="folder for the runs (%(default)s)")
-    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs side by side (%(default)s)")
     args, flags = parser.parse_known_args(argv)
-    given, about = parse_flags(flags), machine(torch.device("cpu"))
-    runs = {}
+    given, runs = parse_flags(flags), {}
     for seed in args.seeds:
         for L in args.depths:
             for name in METHODS:
                 own = dict(arch=name, n_layer=L) | (dict(n_expert=POOL) if name == "unipool" else {})
                 runs[name, L, seed] = Run(f"{name}-{L}", seed, given | own, Path(args.runs))
-    train_all(list(runs.values()), args.jobs, 1, about)
+    about = train_all(list(runs.values()), args.jobs)
     results, parameters = {}, {}
     for (name, L, seed), run in runs.items():
         with torch.device("meta"):
