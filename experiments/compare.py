@@ -155,13 +155,14 @@ def draw_curves(ax, curves, key):
         if len(runs) > 1:
             alpha = 0.2 if len(curves) < 6 else 0.08
             ax.fill_between(xs, values.min(axis=0), values.max(axis=0), color=colour, lw=0, alpha=alpha)
-        beginnings.append(means[len(xs) // 3])
+        beginnings.append((xs[len(xs) // 6], means[len(xs) // 6]))
+    left = min(ax.dataLim.intervalx)
     if key.endswith("loss") and key != "balance_loss":  # the first steps, from ln V down, would flatten all the rest
-        low, high = ax.dataLim.intervaly
-        top = min(high, max(beginnings))
-        if top > low:
-            ax.set_ylim(low - 0.04 * (top - low), top + 0.04 * (top - low))
-    ax.set_xlim(left=min(ax.dataLim.intervalx))
+        low, (lefts, tops) = min(ax.dataLim.intervaly), zip(*beginnings)
+        if max(tops) > low:
+            left = min(lefts)
+            ax.set_ylim(low - 0.04 * (max(tops) - low), max(tops) + 0.04 * (max(tops) - low))
+    ax.set_xlim(left=left)
     name = "validation loss, nats per token" if key == "val_loss" else key
     ax.set(xlabel=f"{unit}training tokens", ylabel=name)
     ax.grid()
