@@ -300,9 +300,10 @@ def pool_ffn(x, gates, experts, weights):
     expert_of_row, pair_of_row = torch.where(gates != 0, experts, M).flatten().sort(stable=True)  # (R,) each
     ends = torch.searchsorted(expert_of_row, torch.arange(M, device=x.device), right=True)  # (M,)
     pairs = x.to(down.dtype).unsqueeze(1).expand(N, k, -1).flatten(0, 1)  # (R, C)
-    rows = Reorder.apply(pairs, pair_of_row, ends, False)  # to the order of the experts
-    rows = grouped_linear(swiglu(grouped_linear(rows, gate_up, ends)), down, ends)  # e_i(x), by way of (R, 2H), (R, H)
-    outputs = Reorder.apply(rows, pair_of_row, ends, True)  # and back, 0 for pairs that no expert serves
+    rows = Reorder.apply(pairs, pair_of_row, ends, False)  # (R, C), in the order of their experts
+    hidden = grouped_linear(rows, gate_up, ends)  # (R, 2H)
+    rows = grouped_linear(swiglu(hidden), down, ends)  # (R, C): e_i(x)
+    outputs = Reorder.apply(rows, pair_of_row, ends, True)  # in the order of the pairs; 0 where no expert serves
     y = (gates.unsqueeze(-1) * outputs.view(N, k, -1)).sum(dim=1)  # Eq. 2; the gates are fp32, and so is the sum
     return y, ends.diff(prepend=ends.new_zeros(1)) / (N * k)
 
