@@ -40,7 +40,8 @@ def draw(results, parameters, title):
         ax.errorbar(xs, means, yerr=bars, color=methods(12)[name].colour, label=label, marker="o", capsize=3)
         for x, y, L in zip(xs, means, of_depth):
             ax.annotate(f"{L} layers", (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
-    ax.set(xscale="log", xlabel="stored parameters, millions", ylabel="validation loss, nats per token", title=title)
+    ax.margins(x=0.15)
+    ax.set(xlim=(0, None), xlabel="stored parameters, millions", ylabel="validation loss, nats per token", title=title)
     ax.legend()
     ax.grid()
     return fig
