@@ -2586,7 +2586,7 @@ def test_a_run_that_fails_ends_the_others(text_data, tmp_path, capsys):
     ablate.main([*flags, f"--data_dir={text_data}"])
     assert read_metrics(tmp_path / "dense-1")[-1]["step"] == 1
     fails(capsys, ablate.main, [*flags, f"--data_dir={text_data}", "--lr=0.01"], "dense-1", "--runs", touching=tmp_path)
-    assert ablate.ExperimentParser("", "x").get_default("results") == "results", "what git tracks is not overwritten"
+    assert common.ExperimentParser("", "x").get_default("results") == "results", "what git tracks is not overwritten"
 
 
 @pytest.fixture(scope="session")
