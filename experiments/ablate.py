@@ -246,7 +246,7 @@ def main(argv=None):
         return
     if args.name == parser.get_default("name"):
         args.name = "_".join(["ablate", args.scale, *args.methods])
-    folder = Path(args.runs.replace("SCALE", args.scale))
+    folder = Path("runs", args.scale) if args.runs == parser.get_default("runs") else Path(args.runs)
     given = parse_flags([f"--scale={args.scale}", *flags])
     runs = choose_runs(args.methods, args.seeds, given, folder)
     about = train_all(runs, args.jobs, args.nproc_per_node)

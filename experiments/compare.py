@@ -158,10 +158,11 @@ def draw_curves(ax, curves, key):
         beginnings.append((xs[len(xs) // 6], means[len(xs) // 6]))
     left = min(ax.dataLim.intervalx)
     if key.endswith("loss") and key != "balance_loss":  # the first steps, from ln V down, would flatten all the rest
-        low, (lefts, tops) = min(ax.dataLim.intervaly), zip(*beginnings)
-        if max(tops) > low:
+        lefts, tops = zip(*beginnings)
+        low, top = min(ax.dataLim.intervaly), max(tops)
+        if top > low:
             left = min(lefts)
-            ax.set_ylim(low - 0.04 * (max(tops) - low), max(tops) + 0.04 * (max(tops) - low))
+            ax.set_ylim(low - 0.04 * (top - low), top + 0.04 * (top - low))
     ax.set_xlim(left=left)
     name = "validation loss, nats per token" if key == "val_loss" else key
     ax.set(xlabel=f"{unit}training tokens", ylabel=name)
