@@ -2743,7 +2743,7 @@ def test_random_choices_are_uniform_over_the_allowed_and_keep_the_gates():
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_probe_costs_nothing_when_all_experts_are_alike(alike, text_data):
-    """And its loss is that of train.py's validation, its accuracy that of the logits."""
+    """And its loss is that of train.py's validation, with and without a layer; its accuracy that of the logits."""
     config = dict(vocab_size=320, n_expert=24)
     model, device = small_model(**config), torch.device("cpu")
     if alike:
@@ -2755,7 +2755,12 @@ def test_probe_costs_nothing_when_all_experts_are_alike(alike, text_data):
     for block in model.blocks:
         block.router = probe.WatchedRouter(block.router)
     figures = probe.probe(model.eval(), data, 512, 2, device, "test")
-    assert figures["loss"] == pytest.approx(train.validate(reference, data, 512, 8, 0, 1, device)[0], rel=1e-5)
+    loss = train.validate(reference, data, 512, 8, 0, 1, device)[0]
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    reference.blocks[1].router.seen.zero_()
+    without = train.validate(reference, data, 512, 8, 0, 1, device)[0]
+    assert figures["worth"][1] == pytest.approx(without - loss, abs=1e-5) and abs(without - loss) > 1e-4
+    reference.blocks[1].router.seen.fill_(1)
     indices = np.linspace(0, len(data) - 1, 32).astype(np.int64)
     tokens = torch.from_numpy(data.sequences(indices))
     logits = reference.eval()(tokens[:, :-1]).logits

@@ -7,6 +7,7 @@ Utilisation   how often each expert serves each layer, and what that adds up to 
 Unserved      share of the (token, choice) pairs whose gate is 0: no expert serves them, and no other figure counts them
 Reuse         how many different experts a token meets on its way up, and how many layers an expert serves
 Scale         NormRouter's sigma, and what a token's scores and its k gates add up to, layer by layer
+Worth         the loss without one layer's experts (all its gates 0), less the loss with them
 Covered       the part of a layer's pairs that is served by the experts --lock would give it ("owner" in the JSON)
 Probe         what it costs to choose at random in one layer of the deeper half at a time: uniformly over all experts
               that the layer can choose from, or ("matched") over the 8 (times top-k) that it uses most. The gates stay
@@ -35,11 +36,14 @@ TOKENS_AT_ONCE = 4096  # of a forward pass, whose logits are held
 
 
 class WatchedRouter(nn.Module):
-    """Stands in a block for its router: remembers what was chosen; with `allowed`, chooses at random among these."""
+    """Stands in a block for its router: remembers what was chosen; with `allowed`, chooses at random among these; with
+    `off`, lets no expert serve.
+    """
 
     def __init__(self, router):
         super().__init__()
         self.router, self.seen = router, []  # seen: (experts (N, k), gates (N, k), sum of the scores (N,)) of each call
+        self.off = False
         self.allowed = self.generator = None  # (A,) int64 experts, and where the random numbers come from
 
     def forward(self, x):
@@ -48,7 +52,7 @@ class WatchedRouter(nn.Module):
             numbers = torch.rand(len(x), len(self.allowed), generator=self.generator, device=x.device)  # (N, A)
             experts = self.allowed[numbers.topk(experts.size(1)).indices]  # k different ones, each set equally likely
         self.seen.append((experts.cpu(), gates.cpu(), scores.sum(dim=1).cpu()))
-        return gates, experts, scores
+        return gates * (not self.off), experts, scores
 
 
 def routing_statistics(config, experts, gates, score_sums):
@@ -130,16 +134,20 @@ def measure(model, data, indices, device, bar):
 
 
 def probe(model, data, tokens, draws, device, label):
-    """The figures of measure(), and "probe": {way: {layer: changes of loss and accuracy, one of each draw}}."""
+    """The figures of measure(), "worth" and "probe": {way: {layer: changes of loss and accuracy, one of each draw}}."""
     config, indices = model.config, train.validation_indices(data, tokens)
     deeper, M = range(config.n_layer // 2, config.n_layer), config.experts_per_pool
     choosable = int((model.blocks[0].router.router.seen > 0).sum())  # fewer than M once the layers own their experts
     matched = MATCHED * config.top_k
     ways = {"uniform": choosable} | ({"matched": matched} if choosable > matched else {})
-    passes = 1 + len(ways) * len(deeper) * draws
+    passes = 1 + len(ways) * len(deeper) * draws + config.n_layer
     with tqdm(total=passes * len(indices) * data.block_size, desc=label, unit="token", unit_scale=True,
               mininterval=0.5 if sys.stderr.isatty() else 10) as bar:  # fmt: skip
-        figures = measure(model, data, indices, device, bar)
+        figures = measure(model, data, indices, device, bar) | dict(worth=[])
+        for block in model.blocks:
+            block.router.off = True
+            figures["worth"].append(evaluate(model, data, indices, device, bar)[0] - figures["loss"])
+            block.router.off = False
         figures["probe"] = {way: {} for way in ways}
         for way, n_allowed in ways.items():
             for l in deeper:
@@ -171,7 +179,8 @@ def table(results):
     ]
     for name, key in (("pairs that no expert serves", "unserved"), ("sigma", "sigma"),
                       ("served by the layer's own experts, as --lock would give them", "covered"),
-                      ("sum of a token's scores", "score_sum"), ("sum of its gates", "gate_sum")):  # fmt: skip
+                      ("sum of a token's scores", "score_sum"), ("sum of its gates", "gate_sum"),
+                      ("loss without the layer's experts, less that with them", "worth")):  # fmt: skip
         cells = [" ".join(f"{value:.2f}" for value in f.get(key, [])) for f in runs]
         rows.append([f"{name}, from the lowest layer up", *cells])
     for way in ("uniform", "matched"):
