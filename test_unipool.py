@@ -2018,6 +2018,36 @@ def test_two_processes_of_which_one_gets_a_signal(number, text_data, tmp_path):
         assert len(read_metrics(tmp_path)) == step, "the checkpoint is of the step that was finished"
 
 
+@pytest.mark.parametrize(
+    ("patch", "flags", "named"),
+    [
+        ("train.UniPool.balance_loss = lambda self, f, P: P.sum() * math.nan", ["--max_steps=3"], "not finite"),
+        ("load = train.load_newest\ntrain.load_newest = lambda *a, **k: (load(*a, **k)[0] | dict(step=rank), '', [])",
+         ["--resume"], "processes found different checkpoints"),
+    ],
+    ids=["only NaN", "another step"],
+)  # fmt: skip
+def test_two_processes_that_cannot_go_on(patch, flags, named, text_data, trained, tmp_path):
+    """Each ends with the error, but where a checkpoint may still be written only the one that writes it does."""
+    script, out_dir = tmp_path / "broken.py", tmp_path / "run"
+    script.write_text(f"import math, os, train\nrank = int(os.environ['RANK'])\n{patch}\ntry:\n    train.main()\n"
+                      "except train.BadInput as error:\n    print(f'rank {rank}: {error}')\n")  # fmt: skip
+    shutil.copytree(trained, out_dir)
+    run = command(script, f"--data_dir={text_data}", f"--out_dir={out_dir}", *TINY_RUN, *flags, processes=2)
+    told = sorted(line[:6] for line in run.stdout.decode().splitlines() if named in line)
+    assert told == ["rank 0", "rank 1"][: 1 + ("--resume" in flags)], run
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(text_data, tmp_path):
+    """As behind `| tee`, which a Ctrl-C ends first."""
+    flags = [f"--data_dir={text_data}", f"--out_dir={tmp_path}", *TINY_RUN, "--max_steps=60", "--eval_interval=5"]
+    run = command("train.py", *flags, background=True)
+    wait_for(run, tmp_path / "metrics.jsonl", lines=2)
+    run.stdout.close()
+    run.wait(timeout=100)
+    assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] == len(read_metrics(tmp_path)) == 60
+
+
 @slow
 @needs_proc
 @pytest.mark.parametrize(("processes", "kills"), [(None, 20), (2, 5)])

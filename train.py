@@ -134,6 +134,7 @@ def settle(given, saved):
                 raise BadInput(f"--{name}={given[name]}, but the checkpoint was trained with {name}={fixed[name]}: "
                                "leave the flag out, or start a new run in another --out_dir")  # fmt: skip
         settings, config = Settings(**(saved["settings"] | own_flags)), UniPoolConfig(**saved["config"])
+    # flag: whether it changes nothing here
     idle = dict(bias_rate=config.balance != "bias", balance_coef=BALANCES[config.balance] is None)
     idle |= dict.fromkeys(("router", "top_k", "n_pool", "balance", "one_pass"), config.n_expert == 0)
     for name in idle.keys() & given.keys():
@@ -151,8 +152,8 @@ def settle(given, saved):
 
 
 def lock_steps(settings, config):
-    """UniPool-lock's steps: (at which layers get experts of their own, from which they have no others); (0, 0) where
-    they are random from the start, None without. Raises BadInput.
+    """UniPool-lock's steps: (where each layer is given experts of its own, from where it sees no others); (0, 0) where
+    they are random from the start, None without --lock. Raises BadInput.
     """
     if not settings.lock and not settings.lock_random:
         return None
@@ -227,6 +228,8 @@ def find_device(name):
             raise RuntimeError("no such kind of device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
+        if local_rank not in (None, "0"):  # maybe the only process whose GPU fails: a BadInput of it would not be shown
+            raise
         reason = str(error).split("\n")[0]
         raise BadInput(f"--device={name} cannot be used here ({reason}): give cuda, cuda:N, mps or cpu") from None
     return device
@@ -359,10 +362,10 @@ def validate(model, data, eval_tokens, micro_batch_size, rank, world_size, devic
     model.eval()
     indices = validation_indices(data, eval_tokens, micro_batch_size * world_size)
     own = indices[rank::world_size]
-    count = loss = usage = torch.zeros((), device=device)
+    count = loss = usage = torch.zeros((), device=device)  # usage is (L, M) from the first sum on
     for i in range(0, max(1, len(own)), micro_batch_size):
         part = own[i : i + micro_batch_size]
-        x, y = read_batch(data, part if len(part) else indices[:1], device)  # sharded, all must take part
+        x, y = read_batch(data, part if len(part) else indices[:1], device)  # --shard: all must take part, if 0 times
         with autocast(device):
             out = model(x, y, keep_logits=False)
         count, loss, usage = count + len(part), loss + out.loss * len(part), usage + out.usage * len(part)
@@ -495,13 +498,16 @@ def save_checkpoint(out_dir, contents, keep, is_best):
 
 
 def add_metrics(path, line):
-    """Append a line to metrics.jsonl; null stands for what is not finite, which JSON cannot hold."""
+    """Append a line to metrics.jsonl, or raise BadInput; null stands for what is not finite, which JSON cannot hold."""
     finite = json.loads(json.dumps(line), parse_constant=lambda name: None)
+    size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as file:
             file.write(json.dumps(finite) + "\n")
     except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}): make room, then --resume") from None
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)  # no half line
+        raise BadInput(f"{path} cannot be written ({error.strerror}): make room") from None
 
 
 def trim_metrics(path, step):
@@ -583,8 +589,14 @@ def run(argv, at_end):
         restore(model, optimizer, saved, ckpt_path)
         torch.set_rng_state(saved["rng"])
         step, position = saved["step"], saved["position"]
+        if world_size > 1:
+            steps = torch.tensor([step, -step])
+            dist.all_reduce(steps, dist.ReduceOp.MAX, group=control)
+            if steps.sum():
+                raise BadInput(f"--out_dir={out_dir}: processes found different checkpoints in it: wait for the run "
+                               "that writes them, then --resume again")  # fmt: skip
         best = saved["best"] if saved["validated"] == validated else best
-        skipped += torch.tensor(saved["skipped"], device=device)
+        skipped[0] = saved["skipped"][0]
         del saved
     first_step = step
     use_compile = settings.compile if settings.compile is not None else device.type == "cuda"
@@ -593,7 +605,8 @@ def run(argv, at_end):
     locking, K = lock_steps(settings, config), config.n_expert // config.n_layer
     freeze, locked = locking or (0, 0)
     ramp = freeze or max(1, settings.decay_steps // 60)  # steps in which the entropy loss rises
-    owned = torch.stack([block.router.seen for block in model.blocks]) == 1 if locking else None  # (L, M), if resuming
+    # (L, M), of a run that is resumed after `freeze`; otherwise given there
+    owned = torch.stack([block.router.seen for block in model.blocks]) == 1 if locking else None
 
     # ---- Logs, and signals
     metrics_path = out_dir / "metrics.jsonl"
@@ -619,8 +632,11 @@ def run(argv, at_end):
     board = SummaryWriter(out_dir, purge_step=step + 1) if settings.tensorboard and is_main else None
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
-    writer, writing = at_end.enter_context(ThreadPoolExecutor(1)), None  # writes checkpoints; what it is at
     stop = []  # signals that came during the loop: it finishes the step, saves and ends; the third ends at once
+
+    def say(text):
+        with contextlib.suppress(OSError):  # who reads it, as tee, may have gone: a run of days goes on
+            bar.write(text)
 
     def on_signal(number, frame):
         stop.append(number)
@@ -628,9 +644,10 @@ def run(argv, at_end):
             raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        at_end.callback(signal.signal, number, signal.signal(number, on_signal) or signal.SIG_DFL)
+    writer, writing = at_end.enter_context(ThreadPoolExecutor(1)), None  # writes checkpoints; what it is at
     if is_main and step >= settings.max_steps:
-        bar.write(f"nothing to do: step {step} has reached --max_steps={settings.max_steps}; a larger one goes on")
+        say(f"nothing to do: step {step} has reached --max_steps={settings.max_steps}; a larger one goes on")
 
     # ---- The loop
     validation = settings.eval_tokens, micro_batch_size, rank, world_size, device
@@ -639,9 +656,11 @@ def run(argv, at_end):
     while step < settings.max_steps and not stopping:
         if locking and freeze <= step <= locked:
             if step == freeze:
-                random = torch.rand(owned.shape, generator=torch.Generator().manual_seed(settings.seed))
-                used = random if settings.lock_random else validate(forward, val_data, *validation)[1]
+                seeded = torch.Generator().manual_seed(settings.seed)
+                used = (torch.rand(owned.shape, generator=seeded) if settings.lock_random
+                        else validate(forward, val_data, *validation)[1])  # fmt: skip
                 owned = assign_experts(used).to(device)
+                window_start, window_tokens = time.perf_counter(), 0
             model.lock(owned, progress=(step + 1 - freeze) / (locked + 1 - freeze))
         # This step's sequences are the same for any number of processes; each process takes a contiguous part.
         indices = train_data.in_order(position + rank * per_process, per_process, settings.seed)
@@ -690,7 +709,8 @@ def run(argv, at_end):
         step += 1
         position += settings.batch_size
         window_tokens += settings.batch_size * config.block_size
-        bar.update()
+        with contextlib.suppress(OSError):
+            bar.update()
 
         # ---- What is logged
         signals = torch.tensor(len(stop))
@@ -715,8 +735,8 @@ def run(argv, at_end):
             unserved = line.get("unserved", 0)
             if unserved > 0.5 and not warned and is_main:
                 warned = True
-                bar.write(f"warning: step {step}: no expert serves {unserved:.0%} of the (token, choice) pairs, whose "
-                          f"scores are all 0: try a lower --balance_coef than {config.balance_coef:g}")  # fmt: skip
+                say(f"warning: step {step}: no expert serves {unserved:.0%} of the (token, choice) pairs, whose scores "
+                    f"are all 0: try a lower --balance_coef than {config.balance_coef:g}")  # fmt: skip
             if peak:
                 line["mfu"] = tokens_per_second * model.flops_per_token(1 - unserved) / (peak * world_size)
             if evaluating:
@@ -724,14 +744,17 @@ def run(argv, at_end):
                 is_best = line["val_loss"] < best
                 best = min(best, line["val_loss"])
             if is_main:
-                add_metrics(metrics_path, line)
+                try:
+                    add_metrics(metrics_path, line)
+                except BadInput as error:
+                    say(f"warning: step {step}: {error}")
                 for name, value in line.items() if board else ():
                     if not isinstance(value, list):
                         board.add_scalar(name, value, step)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
                 if evaluating:
                     shown = ", ".join(f"{name} {line[name]:.5g}" for name in SHOWN if name in line)
-                    bar.write(f"step {step}: {shown}")
+                    say(f"step {step}: {shown}")
 
         # ---- What is saved
         if writing and writing.done():
@@ -750,17 +773,19 @@ def run(argv, at_end):
             if is_main:
                 writing = writer.submit(save_checkpoint, out_dir, state, settings.keep, is_best)
             del state
-        if logging:
+        if logging or saving:
             window_start, window_tokens = time.perf_counter(), 0
 
     # ---- The end
-    bar.close()
-    if board:
-        board.close()
     if writing:
         writing.result()
+    if board:
+        board.close()
+    with contextlib.suppress(OSError):
+        bar.close()
     n_skipped, in_a_row = skipped.tolist()
-    if in_a_row >= MOST_SKIPPED or in_a_row >= step - first_step > 0:
+    # The others just end: torchrun would answer their errors by killing this one.
+    if is_main and (in_a_row >= MOST_SKIPPED or in_a_row == step - first_step > 0):
         there = f"{out_dir / kept_name(0)} has the weights from before them: --resume with a lower --lr"
         mend = "nothing is saved: change the model's flags" if n_skipped == step else there
         raise BadInput(f"--lr={settings.lr}: stopped at step {step}, for the last {in_a_row} steps had a loss or "
@@ -774,8 +799,6 @@ def run(argv, at_end):
 
 def main(argv=None):
     with contextlib.ExitStack() as at_end:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            at_end.callback(signal.signal, number, signal.getsignal(number) or signal.SIG_DFL)
         try:
             run(argv, at_end)
         except RuntimeError as error:

@@ -1,7 +1,7 @@
 """UniPool: a mixture-of-experts language model whose layers all route into ONE shared pool of experts.
 
 The method is from "UniPool: A Globally Shared Expert Pool for Mixture-of-Experts", arXiv 2605.06665; equation and
-table numbers in the comments are that paper's. NormRouter is from KERN, arXiv 2509.25913.
+table numbers in the comments are those of its first version. NormRouter is from KERN, arXiv 2509.25913.
 
 A vanilla MoE transformer gives each of its L layers its own experts. UniPool keeps one small router per layer, but
 lets all of them choose from the same M expert FFNs. Three parts make that work, and each has its section below: a
@@ -132,7 +132,7 @@ def rope_table(block_size, head_dim, base):
 def apply_rope(x, rope):
     """Turn the pairs (x_i, x_{i + D/2}) by their position's angles. x: (B, heads, T, D); rope: (2, T, D/2)."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each; bf16 * fp32 below is computed in fp32
+    a, b = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each; times fp32, bf16 too is computed in fp32
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
@@ -160,7 +160,7 @@ class Attention(nn.Module):
             cache[:] = k, v
         if q.is_cuda and q.dtype == torch.float32:  # no fused kernel takes grouped queries in fp32
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
-        # A single new token may look at everything before it, so only longer inputs need the causal mask.
+        # A single new token may look at everything before it; longer inputs find an empty cache, and need the mask.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=k.size(1) < self.n_head)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -198,7 +198,8 @@ class NormRouter(Router):
     """Eq. 7: s_i = sigma * c * max(0, z_i / (||z||_2 + eps)), with z = W x and a learnable scalar sigma.
 
     Dividing by the norm and multiplying by c keeps the gates' scale as the pool grows: the k gates of an untrained
-    router have a norm of about 1. Scores are at least 0 as long as sigma is; as in the paper, nothing keeps it there.
+    router have a norm of about 1. As in the paper nothing keeps sigma from falling below 0, where no expert would serve
+    the layer any more and the pool's balance loss would only push it further down.
     """
 
     eps = 1e-8
@@ -220,7 +221,9 @@ class SoftmaxRouter(Router):
 
 
 class SigmoidRouter(Router):
-    """DeepSeek-V3's: every expert is scored by itself. Made for balance="bias"."""
+    """DeepSeek-V3's: every expert is scored by itself. Made for balance="bias", which with NormRouter would also choose
+    experts of score 0, and those serve nothing.
+    """
 
     def score(self, z):
         return z.sigmoid()
@@ -233,12 +236,11 @@ ROUTERS = {"norm": NormRouter, "softmax": SoftmaxRouter, "sigmoid": SigmoidRoute
 def norm_router_scale(n_expert, top_k):
     """The constant c of NormRouter (Eq. 12): E[ 1 / ||top-k of ReLU(x / ||x||)||_2 ], x ~ N(0, I_M), over fixed draws.
 
-    Finite for every M and k: a draw without a positive entry is left out, and the norm is bounded below by a tenth of
-    sqrt(k/M), the norm of k entries of average size. From M = 24 on this touches no draw.
+    The norm can be 0 or next to it: draws without a positive entry are left out, and it counts as at least a tenth of
+    sqrt(k/M), that of k entries of average size. From M = 24 on this touches no draw.
     """
     x = torch.randn(2**15, n_expert, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
-    top = F.relu(F.normalize(x)).topk(top_k).values  # (draws, k)
-    norm = top.norm(dim=1)
+    norm = F.relu(F.normalize(x)).topk(top_k).values.norm(dim=1)  # (draws,)
     return (1 / norm[norm > 0].clamp(min=0.1 * math.sqrt(top_k / n_expert))).mean().item()
 
 
@@ -295,16 +297,20 @@ def pool_ffn(x, gates, experts, weights):
     N, k = experts.shape
     gate_up, down = weights
     M = len(down)
-    # Sort the R = N * k pairs by expert: row r is pair pair_of_row[r]; expert i has the rows from where i - 1 ends to
-    # ends[i]. Pairs that no expert serves come last, as if M did.
-    expert_of_row, pair_of_row = torch.where(gates != 0, experts, M).flatten().sort(stable=True)  # (R,) each
+    # Sort the R = N * k pairs by expert: row r is pair pair_of_row[r], and expert i has rows ends[i-1] ... ends[i]-1.
+    # Pairs that no expert serves come last, as if there were an expert M.
+    served = gates != 0  # (N, k)
+    expert_of_row, pair_of_row = torch.where(served, experts, M).flatten().sort(stable=True)  # (R,) each
+    row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(N * k, device=x.device))
     ends = torch.searchsorted(expert_of_row, torch.arange(M, device=x.device), right=True)  # (M,)
-    pairs = x.to(down.dtype).unsqueeze(1).expand(N, k, -1).flatten(0, 1)  # (R, C)
-    rows = Reorder.apply(pairs, pair_of_row, ends, False)  # (R, C), in the order of their experts
+    # Rows that no expert serves are undefined after the products, as are their gradients: where() keeps both out.
+    pairs = torch.where(served.unsqueeze(-1), x.to(down.dtype).unsqueeze(1), 0)  # (N, k, C)
+    rows = Reorder.apply(pairs.flatten(0, 1), pair_of_row, row_of_pair)  # (R, C), in the order of their experts
     hidden = grouped_linear(rows, gate_up, ends)  # (R, 2H)
     rows = grouped_linear(swiglu(hidden), down, ends)  # (R, C): e_i(x)
-    outputs = Reorder.apply(rows, pair_of_row, ends, True)  # in the order of the pairs; 0 where no expert serves
-    y = (gates.unsqueeze(-1) * outputs.view(N, k, -1)).sum(dim=1)  # Eq. 2; the gates are fp32, and so is the sum
+    outputs = Reorder.apply(rows, row_of_pair, pair_of_row).view(N, k, -1)  # in the order of the pairs again
+    outputs = torch.where(served.unsqueeze(-1), outputs, 0)  # (N, k, C)
+    y = (gates.unsqueeze(-1) * outputs).sum(dim=1)  # Eq. 2; the gates are fp32, and so is the sum
     return y, ends.diff(prepend=ends.new_zeros(1)) / (N * k)
 
 
@@ -326,10 +332,18 @@ def pool_balance_loss(f, P):
     return f.size(1) * (f_bar * P_bar).sum()  # Eq. 5
 
 
-def cardinality_loss(P, n_owned):
-    """UniPool-lock: (1/L) sum_l (H_l - log K)^2, with H_l the entropy of layer l's mean scores, normalised to sum to 1.
+BALANCES = {"pool": pool_balance_loss, "layer": layer_balance_loss, "bias": None, "none": None}
 
-    It asks each layer to use about K = n_owned experts (exp H_l is how many it uses). P: (L, M) -> ().
+
+# ----------------------------------------------------------------------------------------------------------------------
+# UniPool-lock, from the paper's newest version (train.py --lock): after a start with the pool open to all, each expert
+# becomes one layer's own, K = M / L to each layer, and the scores of the others fade to 0 (UniPool.lock)
+
+
+def cardinality_loss(P, n_owned):
+    """(1/L) sum_l (entropy_l - log K)^2, entropy_l that of layer l's mean scores, normalised to sum to 1.
+
+    It asks each layer to use about K = n_owned experts (exp(entropy_l) is how many it uses). P: (L, M) -> ().
     """
     p = P / (P.sum(dim=1, keepdim=True) + 1e-8)
     entropy = -(p * (p + 1e-8).log()).sum(dim=1)  # (L,)
@@ -337,19 +351,14 @@ def cardinality_loss(P, n_owned):
 
 
 def assign_experts(usage):
-    """UniPool-lock: which layer owns which expert. usage: (L, M), the f of each layer -> owned (L, M) bool.
+    """Which layer owns which expert. usage: (L, M), the f of each layer -> owned (L, M) bool.
 
     Each layer gets M / L experts and each expert one layer, so that what layers send to their own is the most possible:
     a balanced assignment problem, in which each layer stands for M / L rows.
     """
     L, M = usage.shape
-    row, expert = linear_sum_assignment(usage.cpu().double().repeat_interleave(M // L, dim=0), maximize=True)
-    owned = torch.zeros(L, M, dtype=torch.bool)
-    owned[row // (M // L), expert] = True
-    return owned
-
-
-BALANCES = {"pool": pool_balance_loss, "layer": layer_balance_loss, "bias": None, "none": None}
+    _, expert = linear_sum_assignment(usage.cpu().double().repeat_interleave(M // L, dim=0), maximize=True)  # (M,)
+    return torch.zeros(L, M, dtype=torch.bool).scatter(1, torch.from_numpy(expert).view(L, -1), True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,13 +432,13 @@ class UniPool(nn.Module):
         self.init_weights()
 
     @classmethod
-    def from_checkpoint(cls, checkpoint, device="cpu"):
+    def from_checkpoint(cls, saved, device="cpu"):
         """The model in a checkpoint of train.py: its path, or the dict in it. Code in the file is never run."""
-        if not isinstance(checkpoint, dict):
-            checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(saved, dict):
+            saved = torch.load(saved, map_location="cpu", weights_only=True, mmap=True)
         with torch.device("meta"):
-            model = cls(UniPoolConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
+            model = cls(UniPoolConfig(**saved["config"]))
+        model.load_state_dict(saved["model"], assign=True)
         return model.to(device).eval()
 
     def init_weights(self):
@@ -499,12 +508,12 @@ class UniPool(nn.Module):
 
     @torch.no_grad()
     def lock(self, owned, progress):
-        """UniPool-lock: scores of experts that a layer does not own fade by a cosine, from 1 at progress 0 to 0 at 1.
+        """Scores of experts that a layer does not own fade by a cosine, from 1 at progress 0 to 0 at 1.
 
         owned: (L, M) bool, as assign_experts gives it. The norm in Eq. 7 stays that of all M logits, so that no score
         jumps; at progress 1 those experts are never chosen.
         """
-        # Below 1 in fp32 too once it has begun: who sees an expert fully, owns it.
+        # Once it has begun, below 1 in fp32 too: train.py --resume reads from seen == 1 who owns what.
         fading = min((1 + math.cos(math.pi * progress)) / 2, 1 - 2**-24 * (progress > 0))
         for block, own in zip(self.blocks, owned):
             block.router.seen.copy_(torch.where(own, 1.0, fading))
@@ -556,7 +565,7 @@ class UniPool(nn.Module):
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
                 below_best = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no temperature makes it infinite
-                p = (below_best / max(temperature, 1e-30)).softmax(dim=-1)  # fp32 takes less for 0
+                p = (below_best / max(temperature, 1e-30)).softmax(dim=-1)  # below 1e-38 it is 0 in fp32, and 0 / 0 nan
                 if top_k is not None:
                     p = p * (logits >= logits.topk(min(top_k, logits.size(-1))).values[:, -1:])
                 new = torch.multinomial(p, 1)
@@ -593,30 +602,44 @@ def one_token_ffn(x, gates, experts, weights):
     return y, f
 
 
+class Reorder(torch.autograd.Function):
+    """rows[order], with the inverse permutation for the way back: autograd's own backward adds up where this moves."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse):
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy.index_select(0, *ctx.saved_tensors), None, None
+
+
 def has_grouped_mm(weight):
-    """Whether F.grouped_mm is fast: in bf16 on a GPU, with rows of whole 16 bytes. Elsewhere experts go one by one."""
-    return weight.is_cuda and weight.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:])
+    """Whether F.grouped_mm works: bf16 on a GPU, rows of whole 16 bytes, M < 1024. Else experts go one by one."""
+    M, *sizes = weight.shape
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and M < 1024 and all(size % 8 == 0 for size in sizes)
 
 
 def grouped_product(rows, weight, ends):
-    """Rows ends[i-1] ... ends[i]-1 times weight[i]. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
+    """Rows ends[i-1] ... ends[i]-1 times weight[i]; those behind ends[M-1] are left undefined.
+
+    rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out).
+    """
     if has_grouped_mm(weight):
         return F.grouped_mm(rows, weight, offs=ends.int())
-    out, sizes = rows.new_empty(len(rows), weight.size(2)), group_sizes(ends, rows)
-    for x, y, w in zip(rows.split(sizes), out.split(sizes), weight):
+    out, cuts = rows.new_empty(len(rows), weight.size(2)), ends.tolist()
+    for x, y, w in zip(rows.tensor_split(cuts), out.tensor_split(cuts), weight):
         torch.mm(x, w, out=y)
     return out
-
-
-def group_sizes(ends, rows):
-    """How many rows each of the M experts has, and how many are behind those of all, as a list for split()."""
-    return ends.diff(prepend=ends.new_zeros(1), append=ends.new_full((1,), len(rows))).tolist()
 
 
 # The pool's gradient in one pass. Autograd would make a full-size gradient of a weight W for each of the L layers that
 # use it, and add them up. But dW_i = sum_l X_li^T dY_li = X_i^T dY_i, with expert i's rows of all layers in X_i, dY_i:
 # so the layers record X and dY, and when all have, one product makes dW: a grouped one on a GPU, one for each expert
-# elsewhere. Where there are too many rows to keep, a few products add up.
+# elsewhere. Where there are too many rows to keep, a few products add up. HandOut gives W to the layers together with a
+# PoolGradient, into which their GroupedLinear records; its own backward runs last and takes the sum.
 
 
 class PoolGradient:
@@ -647,7 +670,7 @@ class PoolGradient:
             return
         if first:  # fp32; fp64 for a weight in fp64
             self.total = torch.empty_like(self.weight, dtype=torch.promote_types(self.weight.dtype, torch.float32))
-        of_experts = [zip(x.split(sizes := group_sizes(ends, x)), dy.split(sizes)) for ends, x, dy in records]
+        of_experts = [zip(x.tensor_split(cuts := ends.tolist()), dy.tensor_split(cuts)) for ends, x, dy in records]
         for dw, *of_layers in zip(self.total, *of_experts):  # an expert's gradient, and its (x, dy) in each record
             x, dy = (torch.cat(rows) if len(rows) > 1 else rows[0] for rows in zip(*of_layers))
             dw.addmm_(x.t().to(dw.dtype), dy.to(dw.dtype), beta=0 if first else 1)
@@ -664,7 +687,7 @@ class PoolGradient:
 def sum_of_products(records):
     """X_i^T dY_i for every expert i: (M, in, out). records: (ends (M,), x (R, in), dy (R, out)) of each layer."""
     ends, xs, dys = zip(*records)
-    x_all, dy_all, ends_of_all = xs[0], dys[0], sum(ends)
+    x_all, dy_all, ends_of_all = xs[0], dys[0], sum(ends)  # where expert i's rows of all layers end, put together
     if len(records) > 1:
         experts = [torch.searchsorted(e, torch.arange(len(x), device=x.device), right=True) for e, x in zip(ends, xs)]
         # places[r]: where row r, of all layers' rows laid end to end, stands once they are sorted by expert together;
@@ -680,14 +703,14 @@ def sum_of_products(records):
 
 class HandOut(torch.autograd.Function):
     """Hands a weight of the pool, cast once, to layers. The ctx here is the result's grad_fn: there GroupedLinear finds
-    `gradient` and records into it. It returns none itself, but autograd still runs this backward after all of theirs.
+    `gradient`. It returns none itself, but autograd still runs this backward after all of theirs.
     """
 
     @staticmethod
     def forward(ctx, weight, copy):
         ctx.gradient, ctx.dtype = PoolGradient(copy), weight.dtype
         ctx.set_materialize_grads(False)
-        return copy.view_as(weight)
+        return copy.view_as(weight)  # a Function must not return its input itself
 
     @staticmethod
     @once_differentiable
@@ -700,7 +723,7 @@ class HandOut(torch.autograd.Function):
 @torch.compiler.disable  # torch.compile knows neither fp32 grouped products nor PoolGradient: two graph breaks a layer
 def grouped_linear(rows, weight, ends):
     """x W_i for each row x, of its expert i. rows: (R, in), weight: (M, in, out), ends: (M,) -> (R, out)."""
-    # A weight that was not handed out to all layers is so to this call alone: autograd then adds up over the calls.
+    # weights(one_pass=False) hands nothing out: then this call does it for itself, and autograd adds up over the calls.
     handed_out = weight if isinstance(weight.grad_fn, HandOut._backward_cls) else HandOut.apply(weight, weight.detach())
     return GroupedLinear.apply(rows, handed_out, ends)
 
@@ -720,31 +743,6 @@ class GroupedLinear(torch.autograd.Function):
         if ctx.gradient is not None:
             ctx.gradient.add(ends, rows, dy)
         return grouped_product(dy, weight.mT, ends), None, None
-
-
-def reorder(rows, pair_of_row, ends, back):
-    if not back:
-        return rows.index_select(0, pair_of_row)
-    row_of_pair = torch.empty_like(pair_of_row).scatter_(0, pair_of_row, torch.arange(len(rows), device=rows.device))
-    # Not masked_fill_: torch 2.11 compiles it, in a Function, to wrong gradients.
-    return torch.where((row_of_pair < ends[-1])[:, None], rows.index_select(0, row_of_pair), 0)
-
-
-class Reorder(torch.autograd.Function):
-    """Rows (R, C) from the order of the pairs to that of their experts, or back; those that no expert serves come back
-    as 0, whatever they hold. Autograd's own backward would add up where this moves.
-    """
-
-    @staticmethod
-    def forward(ctx, rows, pair_of_row, ends, back):
-        ctx.save_for_backward(pair_of_row, ends)
-        ctx.back = back
-        return reorder(rows, pair_of_row, ends, back)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return reorder(dy, *ctx.saved_tensors, not ctx.back), None, None, None
 
 
 LOSS_CHUNK = 4096  # tokens whose logits are held at a time
