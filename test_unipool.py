@@ -24,14 +24,12 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
 import filelock
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
@@ -53,6 +51,9 @@ HERE = Path(__file__).parent
 torch.set_num_threads(2)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes by /proc")
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes: SLOW=1 runs it")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+KINDS = [dict(), dict(top_k=2), dict(n_pool=4, router="softmax", top_k=2), dict(n_expert=0)]  # of models
+ROUNDING = dict(rtol=1e-3, atol=1e-5)  # what several steps make of it
 
 
 def small_config(**overrides):
@@ -121,47 +122,23 @@ def test_the_papers_scales(scale, L, C, heads, alpha, printed):
     assert abs(models["dense"].num_params() / float(scale[:-1]) / 1e6 - 1) < 0.01, "a scale is named by its dense twin"
 
 
-def test_training_recipe_of_table_8():
+def test_training_recipe_of_table_8_and_its_learning_rate():
     settings, _ = train.settle(dict(scale="182m"), None)
     assert (settings.max_steps, settings.batch_size, settings.lr, settings.min_lr) == (60_000, 512, 5e-4, 5e-5)
     assert (settings.warmup, settings.grad_clip, settings.weight_decay) == (0.01, 1.0, 0.01)
     assert (settings.beta1, settings.beta2, settings.adam_eps) == (0.9, 0.999, 1e-8)
-
-
-@pytest.mark.parametrize("router", ["norm", "softmax", "sigmoid"])
-@pytest.mark.parametrize("balance", ["pool", "layer", "bias", "none"])
-@pytest.mark.parametrize("n_pool", [1, 2, 4])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_every_switch_trains(router, balance, n_pool, top_k):
-    model = small_model(router=router, balance=balance, n_pool=n_pool, top_k=top_k)
-    idx = random_tokens(model.config)
-    out = model(idx, idx)
-    (out.loss + model.config.balance_coef * out.balance_loss).backward()
-    model.update_bias(out.usage)
-    assert out.usage.shape == out.mean_scores.shape == (4, 8 // n_pool)
-    served = out.usage.sum(dim=1)
-    assert (served <= 1 + 1e-6).all() and (served >= (0.1 if router == "norm" else 1 - 1e-6)).all(), served
-    assert (out.balance_loss > 0) == (balance in ("pool", "layer"))
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), f"{name} got no finite gradient"
+    at = [train.learning_rate(step, settings) for step in range(60_000)]
+    assert at[0] == pytest.approx(5e-4 / 600) and at[599] == pytest.approx(5e-4), "warm-up is 1% of the steps"
+    assert at[600] == pytest.approx(5e-4) and at[600 + 59_400 // 2] == pytest.approx((5e-4 + 5e-5) / 2)
+    assert at[-1] == pytest.approx(5e-5, rel=1e-3) and train.learning_rate(10**6, settings) == pytest.approx(5e-5)
+    assert at[600:] == sorted(at[600:], reverse=True)
 
 
 @pytest.mark.parametrize("fields", [
-    dict(scale="1b"),
-    dict(arch="mixtral"),
-    dict(arch="dense", n_expert=8),
-    dict(top_k=33, n_expert=32),
-    dict(top_k=9, n_pool=4),
-    dict(top_k=0),
-    dict(n_pool=3, n_layer=4),
-    dict(n_pool=4, n_expert=10),
-    dict(n_head=5, n_embd=128),
-    dict(n_kv_head=3, n_head=4),
+    dict(scale="1b"), dict(arch="mixtral"), dict(router="best"), dict(balance="best"), dict(arch="dense", n_expert=8),
+    dict(top_k=33, n_expert=32), dict(top_k=9, n_pool=4), dict(top_k=0), dict(n_layer=0), dict(n_pool=3, n_layer=4),
+    dict(n_pool=4, n_expert=10), dict(n_head=5, n_embd=128), dict(n_kv_head=3, n_head=4), dict(rope_base=1e-300),
     dict(n_embd=36, n_head=4),  # heads of width 9
-    dict(router="best"),
-    dict(balance="best"),
-    dict(n_layer=0),
-    dict(rope_base=1e-300),
 ])  # fmt: skip
 def test_impossible_configurations_name_their_fields(fields):
     with pytest.raises(ValueError) as error:
@@ -171,7 +148,6 @@ def test_impossible_configurations_name_their_fields(fields):
 
 
 def test_initialisation():
-    """N(0, init_std) for matrices, init_std / sqrt(2L) for the two that write to the residual stream, norms are 1."""
     model = small_model(n_embd=64, n_hidden=256, init_std=0.01)
     for name, p in model.named_parameters():
         if "norm" in name or "sigma" in name:
@@ -281,7 +257,7 @@ def test_bias_moves_towards_balance():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The pool and its dispatch, against a loop over tokens
+# The pool, its dispatch and the balance losses, against loops over tokens
 
 
 def loop_over_tokens(pool, x, gates, experts, activation=F.silu):
@@ -379,49 +355,20 @@ def test_pool_in_bf16_is_close_to_fp32():
     assert_close(rounded, exact, atol=0.03, rtol=0.03)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Balance losses
-
-
-def test_balance_losses_against_brute_force_counts():
-    """In double precision, from single tokens. f carries no gradient."""
-    rng = np.random.default_rng(0)
-    L, N, M = 5, 40, 7
-    scores = rng.random((L, N, M))
-    served = scores.argmax(axis=2)[:, :, None] == np.arange(M)  # (L, N, M)
-    equation_3 = sum(M * served[l, :, i].sum() / N * scores[l, :, i].sum() / N for l in range(L) for i in range(M))
-    equation_5 = sum(M * served[:, :, i].sum() / (L * N) * scores[:, :, i].sum() / (L * N) for i in range(M))
-    f, P = (torch.from_numpy(a.mean(axis=1)).requires_grad_() for a in (served, scores))
-    equation_6 = sum(M * (f.mean(dim=0) * P[l]).sum() for l in range(L)) / L
-    assert equation_6.item() == pytest.approx(equation_5)
-    for loss, expected in ((unipool.layer_balance_loss, equation_3), (unipool.pool_balance_loss, equation_5)):
-        P.grad = None
-        loss(f, P).backward()
-        assert loss(f, P).item() == pytest.approx(expected)
-        assert f.grad is None and P.grad is not None
-
-
-@pytest.mark.parametrize("f, pool, layers", [
-    (torch.full((8, 8), 1 / 8), 1, 8),  # even
-    (torch.eye(8)[[0] * 8], 8, 64),  # one expert for all
-    (torch.eye(8), 1, 64),  # layers that specialise are balanced for the pool, and not for themselves
-])  # fmt: skip
-def test_losses_at_known_points(f, pool, layers):
-    assert unipool.pool_balance_loss(f, f).item() == pytest.approx(pool)
-    assert unipool.layer_balance_loss(f, f).item() == pytest.approx(layers)
-
-
-@pytest.mark.parametrize("balance", ["pool", "layer"])
+@pytest.mark.parametrize("router", ["norm", "softmax", "sigmoid"])
+@pytest.mark.parametrize("balance", ["pool", "layer", "bias", "none"])
 @pytest.mark.parametrize("n_pool", [1, 2, 4])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_model_loss_and_usage_against_counts(balance, n_pool, top_k):
+def test_every_switch_against_counts(router, balance, n_pool, top_k):
     """From what its routers return. The losses of several pools are summed, each over its own layers."""
-    model = small_model(balance=balance, n_pool=n_pool, top_k=top_k)
-    seen = []
+    model, seen = small_model(router=router, balance=balance, n_pool=n_pool, top_k=top_k), []
     for block in model.blocks:
         block.router.register_forward_hook(lambda module, args, result: seen.append(result))
-    out = model(random_tokens(model.config))
-    M = 8 // n_pool
+    idx, M = random_tokens(model.config), 8 // n_pool
+    out = model(idx, idx)
+    (out.loss + out.balance_loss).backward(retain_graph=True)
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), f"{name} got no finite gradient"
     f = torch.tensor([[((experts == i) & (gates > 0)).sum() / experts.numel() for i in range(M)]
                       for gates, experts, _ in seen])  # fmt: skip
     P = torch.stack([scores.mean(dim=0) for _, _, scores in seen])
@@ -429,8 +376,11 @@ def test_model_loss_and_usage_against_counts(balance, n_pool, top_k):
     assert_close(out.mean_scores, P, "mean_scores")
     together = 4 // n_pool if balance == "pool" else 1  # layers over which the mean is taken first
     groups = [slice(l, l + together) for l in range(0, 4, together)]
-    expected = sum(M * f[g, i].mean() * P[g, i].mean() for g in groups for i in range(M))
-    assert out.balance_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = sum(M * (f[g].mean(dim=0) * P[l]).sum() / together for g in groups for l in range(4)[g]).item()  # Eq. 6
+    assert out.balance_loss.item() == pytest.approx(expected if unipool.BALANCES[balance] else 0, rel=1e-5)
+    if balance in ("bias", "none"):
+        return
+    model.zero_grad()
     out.balance_loss.backward()
     for name, p in model.blocks.named_parameters():
         assert "router" not in name or (p.grad != 0).any(), f"the loss does not press on {name}"
@@ -465,8 +415,6 @@ def test_cardinality_loss_against_numpy():
     p = P / P.sum(axis=1, keepdims=True)
     expected = np.mean([(-(row * np.log(row)).sum() - math.log(3)) ** 2 for row in p])
     assert unipool.cardinality_loss(torch.tensor(P), 3).item() == pytest.approx(expected, rel=1e-6)
-    even = torch.eye(2).repeat_interleave(3, dim=1)  # two layers that use three experts each
-    assert unipool.cardinality_loss(even, 3).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_anneal_of_a_lock():
@@ -490,23 +438,19 @@ def test_the_anneal_of_a_lock():
     out = model(idx, idx)
     assert (out.usage[~owned] == 0).all() and (out.mean_scores[~owned] == 0).all(), "exactly"
     (out.loss + out.balance_loss).backward()
-    assert_close(out.loss, model(idx, idx, keep_logits=False).loss)
 
 
+@torch._dynamo.config.patch(error_on_recompile=True)
 def test_fading_compiles_once():
     model, owned, x = small_model(), partition(4, 8), torch.randn(40, 32)
-    from torch._dynamo.testing import CompileCounter
-
-    counter = CompileCounter()
-    router = torch.compile(model.blocks[0].router, backend=counter, fullgraph=True)
+    router = torch.compile(model.blocks[0].router, backend="eager", fullgraph=True)
     for progress in (0, 0.2, 0.7, 1):
         model.lock(owned, progress)
         assert_close(router(x)[2], model.blocks[0].router(x)[2])
-    assert counter.frame_count == 1, "a step of the anneal must not compile anew"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sharing
+# Sharing, and the pool's gradient in one pass, against autograd's
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(n_pool=2, top_k=2), dict(n_pool=4, router="softmax", top_k=2)])
@@ -535,10 +479,6 @@ def test_a_pool_is_shared_by_adjacent_layers(fields):
             assert_close(p.grad, sum(parts), name, rtol=1e-4, atol=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The pool's gradient in one pass, against autograd's
-
-
 def training_loss(model, seed=1):
     idx = random_tokens(model.config, seed=seed).to(model.head.weight.device)
     out = model(idx, idx, keep_logits=False)
@@ -558,11 +498,6 @@ def through_the_layers(model):
         x, _, _ = block(x, model.rope, weights)
         after.append(x)
     return weights, after
-
-
-def early_exit(model):
-    """The loss looks at the second of four layers: the others run, but no gradient reaches them."""
-    return through_the_layers(model)[1][1].square().sum()
 
 
 def another_use(model):
@@ -592,14 +527,12 @@ def gradients(model, loss=training_loss, one_pass=True):
 
 
 @pytest.mark.parametrize("loss, fields", [
-    (training_loss, dict()),
     (training_loss, dict(top_k=2)),
-    (training_loss, dict(n_pool=2, top_k=2)),
+    (training_loss, dict(n_pool=2)),
     (training_loss, dict(n_pool=4)),
     (training_loss, dict(n_expert=64)),  # most experts have no token in a layer, and some in none
-    (micro_batches, dict()),
     (micro_batches, dict(n_pool=2, top_k=2)),
-    (early_exit, dict()),
+    (lambda model: through_the_layers(model)[1][1].square().sum(), dict()),  # no gradient reaches two of four layers
     (another_use, dict()),
     (lambda model: model.pools[0].weights(model.one_pass)[1].sum(), dict()),  # no layer uses the weights
     (frozen_weights, dict(n_pool=2)),
@@ -629,21 +562,6 @@ def test_one_pass_with_recomputation(reentrant, way, monkeypatch):
     monkeypatch.setattr(unipool, "checkpoint", lambda *args, use_reentrant: real(*args, use_reentrant=reentrant))
     model.recompute = True
     assert_close(gradients(model), expected)
-
-
-def test_recomputation_keeps_less():
-    """Bytes that autograd keeps for the backward pass, the weights left out."""
-
-    def kept(recompute):
-        model, seen = small_model(n_layer=8, n_hidden=256), []
-        model.recompute = recompute
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
-            training_loss(model)
-        weights = {p.data_ptr() for p in model.parameters()}
-        storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in seen if t.data_ptr() not in weights}
-        return sum(storages.values())
-
-    assert kept(True) < kept(False) / 4
 
 
 def test_one_pass_whatever_happened_before(way):
@@ -689,9 +607,6 @@ def test_casts_are_of_the_newest_weights():
     after = cast(keep=False)
     assert torch.equal(after, pool.down.bfloat16()) and not torch.equal(after, before), "casts must be of new weights"
     assert pool.gate_up.grad.dtype == torch.float32 and "copies" not in str(model.state_dict().keys())
-
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
@@ -745,14 +660,7 @@ def test_loss_with_and_without_logits(chunk, monkeypatch):
     assert_close(*ways)
     with pytest.raises((IndexError, RuntimeError)):
         model(idx, torch.full_like(targets, -100), keep_logits=False)
-
-
-def test_loss_of_a_float64_model_is_not_rounded():
-    model = small_model().double()
-    idx, targets = random_tokens(model.config), random_tokens(model.config)
-    out = model(idx, targets)
-    assert out.loss.dtype == torch.float64
-    assert out.loss == F.cross_entropy(out.logits.flatten(0, 1), targets.flatten())
+    assert model.double()(idx, targets).loss.dtype == torch.float64, "of a float64 model it is not rounded"
 
 
 def test_loss_under_bf16_autocast_is_an_fp32_number():
@@ -798,23 +706,6 @@ def test_a_run_under_autocast(text_data, tmp_path, monkeypatch):
     for key in ("train_loss", "balance_loss", "val_loss", "grad_norm"):
         value = torch.tensor(metrics[-1][key])
         assert value != value.bfloat16().float(), f"{key}={value} looks rounded to bf16"
-    idx = random_tokens(small_config())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = small_model()(idx, idx, keep_logits=False)
-    assert {t.dtype for t in (out.loss, out.balance_loss, out.usage, out.mean_scores)} == {torch.float32}
-
-
-def test_loss_in_chunks_never_holds_all_logits(monkeypatch):
-    monkeypatch.setattr(unipool, "LOSS_CHUNK", 8)
-    model = small_model(vocab_size=8192)  # logits of 48 tokens: 1.5 MB; the head's weights and gradient: 1 MB
-    idx = random_tokens(model.config)
-    largest = {}
-    for keep_logits in (True, False):
-        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            model(idx, idx, keep_logits=keep_logits).loss.backward()
-        model.zero_grad()
-        largest[keep_logits] = max(event.cpu_memory_usage for event in profile.events())
-    assert largest[True] >= 48 * 8192 * 4 > largest[False], largest
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -824,35 +715,23 @@ def test_loss_in_chunks_never_holds_all_logits(monkeypatch):
 def test_attention_against_the_formula():
     """Softmax attention written out with complex rotations and repeated key and value heads, in double precision."""
     torch.manual_seed(0)
-    attention = unipool.Attention(small_config()).double()
-    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    attention, x = unipool.Attention(small_config()).double(), torch.randn(2, 7, 32, dtype=torch.float64)
     q, k, v = (x @ w.T for w in attention.qkv.weight.split([32, 16, 16]))
-    q, k, v = (t.unflatten(2, (-1, 8)) for t in (q, k, v))  # (B, T, heads, D)
-
-    def rotate(t):  # pair i of position p, as a complex number, times exp(j p base^(-2i/D))
-        pairs = torch.complex(t[..., :4], t[..., 4:])
-        angles = torch.arange(7)[:, None] * 1e6 ** (-2 * torch.arange(4, dtype=torch.float64) / 8)
-        turned = pairs * torch.polar(torch.ones_like(angles), angles)[None, :, None]
-        return torch.cat([turned.real, turned.imag], dim=-1)
-
-    q, k = rotate(q), rotate(k)
-    y = torch.zeros(2, 7, 4, 8, dtype=torch.float64)
-    for head in range(4):
-        for t in range(7):
-            shared = head // 2  # two query heads to one key and value head
-            logits = torch.einsum("bd,bsd->bs", q[:, t, head], k[:, : t + 1, shared]) / math.sqrt(8)
-            y[:, t, head] = torch.einsum("bs,bsd->bd", logits.softmax(dim=1), v[:, : t + 1, shared])
+    q, k, v = (t.unflatten(2, (-1, 8)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
+    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))  # two query heads to one key and value head
+    # Pair i of position p, as a complex number, times exp(j p base^(-2i/D)).
+    angles = torch.arange(7)[:, None] * 1e6 ** (-2 * torch.arange(4, dtype=torch.float64) / 8)
+    q, k = (torch.complex(*t.chunk(2, dim=-1)) * torch.exp(1j * angles) for t in (q, k))
+    logits = (q @ k.mH).real / math.sqrt(8)
+    y = logits.masked_fill(torch.ones(7, 7).triu(1) == 1, -math.inf).softmax(dim=-1) @ v
     rope = unipool.rope_table(16, 8, 1e6).double()[:, :7]
-    assert_close(attention(x, rope), y.flatten(2) @ attention.out.weight.T, rtol=1e-5, atol=1e-6)
+    assert_close(attention(x, rope), y.transpose(1, 2).flatten(2) @ attention.out.weight.T, rtol=1e-5, atol=1e-6)
 
 
 def test_dense_ffn_against_the_formula():
     ffn, x = unipool.DenseFFN(16, 24), torch.randn(5, 16)
     gate, up = (x @ ffn.gate_up.weight.T).chunk(2, dim=-1)
     assert_close(ffn(x), (F.silu(gate) * up) @ ffn.down.weight.T)
-
-
-KINDS = [dict(), dict(top_k=2), dict(n_pool=4, router="softmax", top_k=2), dict(n_expert=0)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -919,33 +798,11 @@ def test_generation_refuses_an_empty_prompt_and_forward_a_long_one():
         model.trunk(idx[:, 5:8], caches)
 
 
-def test_weight_decay_spares_one_dimensional_parameters():
-    model = small_model()
-    groups = model.configure_optimizer(1e-3, 0.1, (0.9, 0.999), 1e-8).param_groups
-    decay = [(p.dim() > 1, group["weight_decay"]) for group in groups for p in group["params"]]
-    assert set(decay) == {(True, 0.1), (False, 0.0)} and len(decay) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_it_overfits_one_batch(arch):
-    torch.manual_seed(0)
-    model = UniPool(UniPoolConfig.from_scale("tiny", arch, n_layer=2, n_embd=64, block_size=32, vocab_size=64))
-    idx = torch.randint(64, (4, 33))  # random tokens: nothing but memory brings the loss below ln 64 = 4.16
-    optimizer = model.configure_optimizer(3e-3, 0.0, (0.9, 0.99), 1e-8)
-    for _ in range(200):
-        out = model(idx[:, :-1], idx[:, 1:])
-        (out.loss + model.config.balance_coef * out.balance_loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert out.loss.item() < 0.1, f"{arch} cannot memorise 128 tokens: loss {out.loss.item():.3f}"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
 
 def gpt2_or_skip():
-    """The GPT-2 vocabulary, if it is here or can be fetched."""
     beside = HERE.parent / "shared" / "tiktoken_cache"
     if "TIKTOKEN_CACHE_DIR" not in os.environ and beside.is_dir():
         os.environ["TIKTOKEN_CACHE_DIR"] = str(beside)
@@ -1074,15 +931,13 @@ def test_a_file_that_cannot_be_read_is_not_one_bad_document(tmp_path, capsys, mo
     """Nor its other documents lost without a word; what is wrong with a single text costs that one alone."""
     texts = pyarrow.array([f"text {i}".encode() * 50 for i in range(20)] + [b"\xff", b"fine"], pyarrow.binary())
     table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), len(texts), texts.buffers())})
-    pyarrow.parquet.write_table(
-        table, tmp_path / "a.parquet", row_group_size=10, compression="zstd", use_dictionary=False
-    )
-    raw = bytearray((tmp_path / "a.parquet").read_bytes())
-    page = pyarrow.parquet.read_metadata(tmp_path / "a.parquet").row_group(1).column(0)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=10, compression="zstd", use_dictionary=False)
+    raw, page = bytearray(path.read_bytes()), pyarrow.parquet.read_metadata(path).row_group(1).column(0)
     place = slice(page.data_page_offset, page.data_page_offset + page.total_compressed_size)
     raw[place] = bytes(page.total_compressed_size)  # the second of three row groups
-    (tmp_path / "a.parquet").write_bytes(raw)
-    meta = prepared(tmp_path / "a.parquet", tmp_path / "data", skip_bad=True)
+    path.write_bytes(raw)
+    meta = prepared(path, tmp_path / "data", skip_bad=True)
     assert meta["train_documents"] + meta["val_documents"] == 11 and meta["skipped_documents"] == 2
     assert re.search("a.parquet: row group 1 .*its other documents are left out", capsys.readouterr().out)
 
@@ -1158,10 +1013,9 @@ def test_hub_source(tmp_path, monkeypatch):
     there = rows.to_iterable_dataset(num_shards=3)
 
     def breaks(num_shards, index):
-        for number, row in enumerate(there.shard(num_shards, index)):
-            if (index, number) == (2, 10):
-                raise type("ReadTimeout", (Exception,), {})("the HTTP library's own")
-            yield row
+        yield from there.shard(num_shards, index).take(10 if index == 2 else 20)
+        if index == 2:
+            raise type("ReadTimeout", (Exception,), {})("the HTTP library's own")
 
     load = mock.Mock(return_value=mock.Mock(num_shards=3, shard=breaks))
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -1289,9 +1143,8 @@ def test_preparing_killed_at_random_moments_ends_as_if_undisturbed(tmp_path):
     for path in source.glob("*.jsonl*"):
         path.write_bytes(path.read_bytes() * 60)
     script, killed = tmp_path / "small_parts.py", tmp_path / "killed"
-    script.write_text(
-        "import command, prepare_pile\nprepare_pile.PART_BYTES = 2_000_000\ncommand.run_command(prepare_pile.main)\n"
-    )
+    lines = "import prepare_pile", "prepare_pile.PART_BYTES = 2_000_000", "prepare_pile.main()"
+    script.write_text("\n".join(lines))
     flags = [f"--source={source}", "--tokenizer=bytes", "--skip_bad", "--val_fraction=0.1", "--workers=3"]
     for kill in range(12):
         before = len(list(killed.glob("train_*.bin")))
@@ -1304,8 +1157,7 @@ def test_preparing_killed_at_random_moments_ends_as_if_undisturbed(tmp_path):
         assert not (killed / "meta.json").exists(), "the test needs kills in the middle"
     assert before > 5
     for folder in (killed, tmp_path / "undisturbed"):
-        result = command(script, *flags, f"--out_dir={folder}")
-        assert result.returncode == 0, result.stderr.decode()
+        command(script, *flags, f"--out_dir={folder}")
     assert contents(killed) == contents(tmp_path / "undisturbed")
 
 
@@ -1352,6 +1204,8 @@ def test_sequences_cover_the_shards_once(tmp_path):
     assert list(data.in_order(10, 5, seed=3)) == list(two_epochs[10:15]), "the order depends on the position alone"
     (folder / "val_000.bin").rename(folder / "val.bin")  # as earlier versions named it
     assert len(open_split(folder, "val")) == 199 // 16
+    with pytest.raises(BadInput, match="train_000.bin: 16 tokens .*--block_size=16"):
+        open_split(tokens_folder(tmp_path / "short", n_train=16))
 
 
 @needs_proc
@@ -1365,8 +1219,7 @@ def test_thirty_billion_tokens_open_in_a_second_and_take_no_memory(tmp_path):
     began = time.perf_counter()
     data = prepare_pile.TokenData(tmp_path, "train", dict(train_tokens=shards * shard_tokens), 1024, 50257)
     indices = data.in_order(0, 300, seed=1)
-    seconds = time.perf_counter() - began
-    assert seconds < 1, f"{seconds:.1f} s to open"
+    assert time.perf_counter() - began < 1, "it took longer to open"
     assert len(data) == shards * ((shard_tokens - 1) // 1024) > max(indices) and len(set(indices)) == 300
     data.sequences(indices[:100])
     before = resident()
@@ -1376,32 +1229,13 @@ def test_thirty_billion_tokens_open_in_a_second_and_take_no_memory(tmp_path):
     assert grown < 2, f"grown by {grown:.0f} MiB; maps that stay grow by 4 KiB a sequence or more"
 
 
-def test_learning_rate_schedule():
-    settings, _ = train.settle(dict(scale="182m"), None)
-    at = [train.learning_rate(step, settings) for step in range(60_000)]
-    assert at[0] == pytest.approx(5e-4 / 600) and at[599] == pytest.approx(5e-4), "warm-up is 1% of the steps"
-    assert at[600] == pytest.approx(5e-4) and at[600 + 59_400 // 2] == pytest.approx((5e-4 + 5e-5) / 2)
-    assert at[-1] == pytest.approx(5e-5, rel=1e-3) and train.learning_rate(10**6, settings) == pytest.approx(5e-5)
-    assert at[600:] == sorted(at[600:], reverse=True)
-
-
 def test_peak_of_the_gpu_found(monkeypatch):
     """Dense bf16 figures of the makers' data sheets; no guess for a GPU that is not in the list."""
-    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12,
-             "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA RTX A1000": None, "Tesla T4": None}  # fmt: skip
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA RTX A1000": None, "Tesla T4": None}
     for name, flops in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert train.peak_flops(torch.device("cuda")) == flops, name
     assert train.peak_flops(torch.device("cpu")) is None
-
-
-def test_pool_utilisation():
-    assert train.pool_utilisation(torch.full((4, 8), 1 / 8), 1) == (pytest.approx(1), 0)
-    specialists = torch.eye(4).repeat_interleave(2, dim=1) / 2  # each layer uses two experts of its own
-    assert train.pool_utilisation(specialists, 1) == (pytest.approx(1), 0), "the pool is what counts, not the layer"
-    assert train.pool_utilisation(specialists, 4) == (pytest.approx(2 / 8), 24), "as private pools it is two of eight"
-    assert train.pool_utilisation(specialists / 4, 1) == (pytest.approx(1), 0), "of the pairs that are served"
-    assert train.pool_utilisation(torch.zeros(4, 8), 1) == (0, 8)
 
 
 def test_routing_figures_of_a_step():
@@ -1414,6 +1248,10 @@ def test_routing_figures_of_a_step():
     assert figures == dict(unserved=0.25, score_sum=[3, 3.5], sigma=[1, 2.5], dead_experts=1,
                            pool_utilisation=pytest.approx(np.exp(-(p * np.log(p)).sum()) / 4))  # fmt: skip
     assert "sigma" not in train.routing_figures(small_model(router="softmax"), torch.ones(4, 8) / 8, torch.ones(4, 8))
+    specialists = torch.eye(4).repeat_interleave(2, dim=1) / 2  # each layer uses two experts of its own
+    assert train.pool_utilisation(specialists, 1) == (pytest.approx(1), 0), "the pool is what counts, not the layer"
+    assert train.pool_utilisation(specialists, 4) == (pytest.approx(2 / 8), 24), "as private pools it is two of eight"
+    assert train.pool_utilisation(torch.zeros(4, 8), 1) == (0, 8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1455,7 +1293,6 @@ def steps_of(out_dir):
 
 
 def at_step(out_dir, step):
-    """The path of the checkpoint of that step."""
     return next(out_dir / name for name, number in steps_of(out_dir).items() if number == step)
 
 
@@ -1463,21 +1300,10 @@ def read_metrics(out_dir):
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def flat(value):
-    """The tensors in nested dicts and lists, by their paths."""
-    if isinstance(value, torch.Tensor):
-        return {"": value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return {f"{key}.{path}": tensor for key, v in items for path, tensor in flat(v).items()}
-
-
 def assert_same(ours, theirs, rtol=0, atol=0):
     """Two checkpoints hold the same weights and the same state of the optimizer, to the bit unless told otherwise."""
-    for part in ("model", "optimizer"):
-        torch.testing.assert_close(flat(ours[part]), flat(theirs[part]), rtol=rtol, atol=atol)
-
-
-ROUNDING = dict(rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=rtol, atol=atol)
+    torch.testing.assert_close(ours["optimizer"]["state"], theirs["optimizer"]["state"], rtol=rtol, atol=atol)
 
 
 def assert_undisturbed(out_dir, straight, step):
@@ -1485,10 +1311,8 @@ def assert_undisturbed(out_dir, straight, step):
     ours, theirs = torch.load(out_dir / "ckpt.pt"), torch.load(at_step(straight, step))
     assert_same(ours, theirs)
     assert (ours["step"], ours["position"]) == (step, step * 8) == (theirs["step"], theirs["position"])
-    log, their_log = (
-        [{name: m[name] for name in ("step", "train_loss", "grad_norm", "lr")} for m in read_metrics(folder)]
-        for folder in (out_dir, straight)
-    )
+    names = "step", "train_loss", "grad_norm", "lr"
+    log, their_log = ([[m[name] for name in names] for m in read_metrics(folder)] for folder in (out_dir, straight))
     assert log == their_log[:step], "a line is doubled, missing or wrong"
 
 
@@ -1502,9 +1326,8 @@ def killed_run(out_dir, straight, *steps):
     return out_dir
 
 
-@pytest.mark.parametrize("flags", [[], ["--router=sigmoid", "--balance=bias", "--micro_batch_size=4"]])
-def test_resume_is_bit_equal(flags, text_data, tmp_path):
-    straight = tmp_path / "straight"
+def test_resume_is_bit_equal_also_with_biases(text_data, tmp_path):
+    straight, flags = tmp_path / "straight", ["--router=sigmoid", "--balance=bias", "--micro_batch_size=4"]
     run_train(text_data, straight, "--max_steps=8", "--ckpt_interval=5", *flags)
     resume(killed_run(tmp_path / "killed", straight, 5))
     assert_undisturbed(tmp_path / "killed", straight, step=8)
@@ -1549,7 +1372,7 @@ def test_a_parameter_without_a_gradient_is_told(text_data, tmp_path, capsys, mon
 
 def test_a_step_is_the_gradient_of_loss_plus_alpha_times_balance(text_data, tmp_path):
     """A step of two micro-batches against AdamW's first by hand: p - lr * g / (|g| + eps), after clipping and decay."""
-    flags = ["--max_steps=1", "--warmup=0", "--balance_coef=0.5", "--lr=1e-3", "--adam_eps=1e-3", "--weight_decay=0.1"]
+    flags = ["--max_steps=1", "--warmup=0", "--balance_coef=0.5", "--lr=1e-3", "--adam_eps=1e-3", "--weight_decay=10"]
     checkpoint, (line,) = run_train(text_data, tmp_path, *flags, "--micro_batch_size=4")
     torch.manual_seed(1337)
     model = UniPool(UniPoolConfig(**checkpoint["config"]))
@@ -1563,18 +1386,14 @@ def test_a_step_is_the_gradient_of_loss_plus_alpha_times_balance(text_data, tmp_
     assert line["train_loss"] == pytest.approx(loss.item(), rel=1e-5), "the logged loss is without balance"
     assert line["balance_loss"] == pytest.approx(balance_loss.item(), rel=1e-5)
     for name, p in model.named_parameters():
-        g = p.grad * min(1, 1 / norm)
-        decay = 0.1 if p.dim() > 1 else 0
+        g, decay = p.grad * min(1, 1 / norm), 10 if p.dim() > 1 else 0  # which spares vectors
         expected = p * (1 - 1e-3 * decay) - 1e-3 * g / (g.abs() + 1e-3)
         assert torch.allclose(checkpoint["model"][name], expected, rtol=1e-4, atol=1e-6), f"{name} moved wrongly"
 
 
-@pytest.mark.parametrize(
-    ("flag", "heard"),
-    [("--seed=1337", (False, True)), ("--recompute", (True, True)), ("--no-one_pass", (False, False))],
-)
-def test_switches_of_speed_change_no_result(flag, heard, text_data, trained, tmp_path, monkeypatch):
-    """They reach the model and give the same weights."""
+@pytest.mark.parametrize("flag, heard", [("--seed=1337", (False, True)), ("--recompute", (True, True)),
+                                         ("--no-one_pass", (False, False)), ("--compile", (False, True))])  # fmt: skip
+def test_switches_of_speed_change_no_result(flag, heard, text_data, trained, tmp_path, monkeypatch, capsys):
     seen, real = set(), UniPool.forward
 
     def forward(self, *args, **kwargs):
@@ -1583,18 +1402,11 @@ def test_switches_of_speed_change_no_result(flag, heard, text_data, trained, tmp
 
     monkeypatch.setattr(UniPool, "forward", forward)
     checkpoint, _ = run_train(text_data, tmp_path, "--max_steps=2", flag)
-    assert seen == {heard}
+    assert seen == {heard} and (", compiled\n" in capsys.readouterr().out) == (flag == "--compile")
     assert_same(checkpoint, torch.load(at_step(trained, 2)), **ROUNDING)
 
 
-def test_compiled_model_gives_the_same_losses(text_data, trained, tmp_path, capsys):
-    _, compiled = run_train(text_data, tmp_path, "--max_steps=2", "--compile")
-    assert ", compiled\n" in capsys.readouterr().out
-    for a, b in zip(compiled, read_metrics(trained)):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
-
-
-def command(script, *flags, processes=None, cwd=HERE, background=False, **kwargs):
+def command(script, *flags, processes=None, cwd=HERE, background=False, status=0, **kwargs):
     """Run a command of this repository, or a script that imports from it, as a user would: to its end, or for now."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     arguments = [sys.executable, *torchrun, str(HERE / script), *map(str, flags)]
@@ -1602,27 +1414,21 @@ def command(script, *flags, processes=None, cwd=HERE, background=False, **kwargs
     environment = os.environ | dict(PYTHONUNBUFFERED="1", OMP_NUM_THREADS=threads, PYTHONPATH=str(HERE))
     if background:
         return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, timeout=200, **kwargs)
+    result = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, timeout=200, **kwargs)
+    assert result.returncode == status, result.stderr.decode()
+    return result
 
 
-@pytest.mark.parametrize(
-    ("processes", "flags"),
-    [
-        (2, []),
-        (2, ["--shard", "--router=sigmoid", "--balance=bias"]),
-        (2, ["--shard", "--decay_steps=8", "--lock=0.5"]),
-        pytest.param(2, ["--decay_steps=8", "--lock=0.5"], marks=slow),
-        pytest.param(2, ["--shard"], marks=slow),
-        pytest.param(4, [], marks=slow),
-        pytest.param(4, ["--shard"], marks=slow),
-    ],
-)
+@pytest.mark.parametrize("processes, flags", [
+    (2, []), (2, ["--shard", "--router=sigmoid", "--balance=bias"]), (2, ["--shard", "--decay_steps=8", "--lock=0.5"]),
+    pytest.param(2, ["--decay_steps=8", "--lock=0.5"], marks=slow),
+    pytest.param(4, [], marks=slow), pytest.param(4, ["--shard"], marks=slow),
+])  # fmt: skip
 def test_several_processes_equal_one(processes, flags, text_data, tmp_path):
     """Losses, usage and weights, with accumulation; then one process goes on from what several have saved."""
     several, one = tmp_path / "several", tmp_path / "one"
     flags = [*TINY_RUN, "--micro_batch_size=1", "--adam_eps=1e-4", *flags, f"--data_dir={text_data}"]
-    result = command("train.py", *flags, f"--out_dir={several}", "--max_steps=4", processes=processes)
-    assert result.returncode == 0, result.stderr.decode()
+    command("train.py", *flags, f"--out_dir={several}", "--max_steps=4", processes=processes)
     train.main([*flags, f"--out_dir={one}", "--max_steps=6", "--ckpt_interval=4"])
     assert_same(torch.load(several / "ckpt.pt"), torch.load(one / "ckpt-1.pt"), **ROUNDING)
     resume(several, "--max_steps=6")
@@ -1639,8 +1445,7 @@ def test_sharded_processes_go_on_from_one(text_data, tmp_path):
     flags = ["--adam_eps=1e-4", "--micro_batch_size=4"]
     straight, _ = run_train(text_data, tmp_path / "straight", *flags, "--max_steps=5", "--ckpt_interval=3")
     killed_run(tmp_path / "run", tmp_path / "straight", 3)
-    result = command("train.py", "--resume", f"--out_dir={tmp_path / 'run'}", "--shard", "--device=cpu", processes=2)
-    assert result.returncode == 0, result.stderr.decode()
+    command("train.py", "--resume", f"--out_dir={tmp_path / 'run'}", "--shard", "--device=cpu", processes=2)
     assert_same(torch.load(tmp_path / "run" / "ckpt.pt"), straight, **ROUNDING)
 
 
@@ -1660,14 +1465,14 @@ def test_sharded_weights_are_gathered_once_a_step_and_gradients_reduced_each_mic
     (tmp_path / "count.py").write_text(COUNT_COLLECTIVES)
     flags = [f"--data_dir={text_data}", f"--out_dir={tmp_path / 'out'}", *TINY_RUN, "--shard", "--eval_tokens=32"]
     result = command(tmp_path / "count.py", *flags, "--max_steps=3", "--micro_batch_size=1", processes=2)
-    assert result.returncode == 0, result.stderr.decode()
     gathers, reductions = map(int, re.search(r"COUNTS \[(\d+), (\d+)\]", result.stdout.decode()).groups())
     assert reductions == 2 * 3 * 4, f"gradients were reduced {reductions} times"
     assert gathers == 2 * (3 + 1), f"weights were gathered {gathers} times: once a step, and for the validation"
 
 
-def test_it_learns_more_than_how_often_each_byte_occurs(text_data, tmp_path):
-    flags = ["--max_steps=120", "--decay_steps=120", "--lr=5e-3", "--batch_size=16", "--init_std=0.05"]
+@pytest.mark.parametrize("arch", [["--arch=unipool"], ["--arch=vanilla"], ["--arch=dense", "--n_expert=0"]])
+def test_it_learns_more_than_how_often_each_byte_occurs(arch, text_data, tmp_path):
+    flags = ["--max_steps=120", "--decay_steps=120", "--lr=5e-3", "--batch_size=16", "--init_std=0.05", *arch]
     _, metrics = run_train(text_data, tmp_path, *flags)
     counts = np.bincount(np.fromfile(text_data / "val_000.bin", dtype="<u2"), minlength=257)
     p = counts[counts > 0] / counts.sum()
@@ -1700,8 +1505,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(text_data, tmp_path):
 
 @pytest.mark.parametrize("other", ["--data_dir", "--eval_tokens=256"])
 def test_the_best_loss_is_not_compared_with_one_of_other_data(other, trained, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
+    run = shutil.copytree(trained, tmp_path / "run")
     torch.save(torch.load(run / "ckpt.pt") | dict(best=0.1), run / "ckpt.pt")
     if other == "--data_dir":
         write_jsonl(tmp_path / "a.jsonl")
@@ -1712,8 +1516,7 @@ def test_the_best_loss_is_not_compared_with_one_of_other_data(other, trained, tm
 
 
 def test_every_setting_given_on_resuming_acts(trained, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
+    run = shutil.copytree(trained, tmp_path / "run")
     given = dict(lr=0.5, weight_decay=0.3, beta1=0.7, beta2=0.8, adam_eps=0.1, grad_clip=0.2, min_lr=0.5)
     resume(run, "--max_steps=10", *[f"--{name}={value}" for name, value in given.items()])
     checkpoint = torch.load(run / "ckpt.pt")
@@ -1733,8 +1536,7 @@ def test_two_runs_in_one_folder(text_data, trained, capsys):
 
 def test_resuming_keeps_what_is_there(trained, tmp_path, capsys):
     """All of a finished run; and the best model, though it is of a step before the checkpoint."""
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
+    run = shutil.copytree(trained, tmp_path / "run")
     resume(run)
     assert "nothing to do" in capsys.readouterr().out and contents(run) == contents(trained)
     torch.save(torch.load(run / "ckpt.pt") | dict(best=0.1), run / "ckpt.pt")
@@ -1768,13 +1570,10 @@ def test_tensorboard(text_data, tmp_path, monkeypatch, capsys):
           touching=tmp_path)  # fmt: skip
 
 
-LOCK = ["--decay_steps=12", "--lock=0.5"]  # experts are given away at step 3, locked from step 6 on
-
-
 def test_a_run_that_locks(text_data, tmp_path):
     """Before, plain UniPool; the owners are those of the validation's usage; resumed at any step it is the same run."""
-    straight = tmp_path / "straight"
-    checkpoint, metrics = run_train(text_data, straight, *LOCK, "--max_steps=8", "--ckpt_interval=1", "--keep=9")
+    straight, lock = tmp_path / "straight", ["--decay_steps=12", "--lock=0.5"]  # begins at step 3, is locked from 6 on
+    checkpoint, metrics = run_train(text_data, straight, *lock, "--max_steps=8", "--ckpt_interval=1", "--keep=9")
     seen = {step: torch.stack([torch.load(at_step(straight, step))["model"][f"blocks.{l}.router.seen"] for l in (0, 1)])
             for step in range(1, 9)}  # fmt: skip
     assert all((seen[step] == 1).all() for step in (1, 2, 3))
@@ -1882,7 +1681,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(how, balance, text_dat
     assert metrics[2]["train_loss" if how == "loss" else "grad_norm"] is None
     before, skipped = torch.load(tmp_path / "ckpt-2.pt"), torch.load(tmp_path / "ckpt-1.pt")
     assert_same(before, skipped)
-    assert all(tensor.isfinite().all() for tensor in flat(last["model"]).values())
+    assert all(tensor.isfinite().all() for tensor in last["model"].values())
     assert {float(state["step"]) for state in last["optimizer"]["state"].values()} == {2.0}
     assert not torch.equal(skipped["model"]["head.weight"], last["model"]["head.weight"]), "then it goes on"
 
@@ -1956,8 +1755,7 @@ def test_metrics_on_a_full_disk(tmp_path):
 
 @pytest.mark.parametrize("harm", [os.unlink, lambda path: os.truncate(path, 100)], ids=["vanished", "cut short"])
 def test_a_data_file_that_is_lost_ends_the_run(harm, text_data, trained, tmp_path, monkeypatch, capsys):
-    shutil.copytree(text_data, tmp_path / "data")
-    shard, out_dir = tmp_path / "data" / "train_000.bin", tmp_path / "out"
+    shard, out_dir = shutil.copytree(text_data, tmp_path / "data") / "train_000.bin", tmp_path / "out"
     flags = [f"--data_dir={shard.parent}", f"--out_dir={out_dir}", *TINY_RUN, "--max_steps=9", "--ckpt_interval=2"]
 
     def lose(step):
@@ -2018,24 +1816,18 @@ def test_two_processes_of_which_one_gets_a_signal(number, text_data, tmp_path):
         assert len(read_metrics(tmp_path)) == step, "the checkpoint is of the step that was finished"
 
 
-@pytest.mark.parametrize(
-    ("patch", "flags", "named"),
-    [
-        ("train.UniPool.balance_loss = lambda self, f, P: P.sum() * math.nan", ["--max_steps=3"], "not finite"),
-        ("load = train.load_newest\ntrain.load_newest = lambda *a, **k: (load(*a, **k)[0] | dict(step=rank), '', [])",
-         ["--resume"], "processes found different checkpoints"),
-    ],
-    ids=["only NaN", "another step"],
-)  # fmt: skip
+@pytest.mark.parametrize("patch, flags, named", [
+    ("train.UniPool.balance_loss = lambda self, f, P: P.sum() * math.nan", ["--max_steps=3"], "not finite"),
+    ("load = train.load_newest\ntrain.load_newest = lambda *args, **kwargs: (\n"
+     "    load(*args, **kwargs)[0] | dict(step=int(os.environ['RANK'])), '', [])", ["--resume"], "different check"),
+], ids=["only NaN", "another step"])  # fmt: skip
 def test_two_processes_that_cannot_go_on(patch, flags, named, text_data, trained, tmp_path):
-    """Each ends with the error, but where a checkpoint may still be written only the one that writes it does."""
-    script, out_dir = tmp_path / "broken.py", tmp_path / "run"
-    script.write_text(f"import math, os, train\nrank = int(os.environ['RANK'])\n{patch}\ntry:\n    train.main()\n"
-                      "except train.BadInput as error:\n    print(f'rank {rank}: {error}')\n")  # fmt: skip
-    shutil.copytree(trained, out_dir)
-    run = command(script, f"--data_dir={text_data}", f"--out_dir={out_dir}", *TINY_RUN, *flags, processes=2)
-    told = sorted(line[:6] for line in run.stdout.decode().splitlines() if named in line)
-    assert told == ["rank 0", "rank 1"][: 1 + ("--resume" in flags)], run
+    """Where a checkpoint may still be written, only the one that writes it ends with an error, or torchrun kills it."""
+    script, out_dir = tmp_path / "broken.py", shutil.copytree(trained, tmp_path / "run")
+    script.write_text(f"import command, math, os, train\n{patch}\ncommand.run_command(train.main)\n")
+    flags = [f"--data_dir={text_data}", f"--out_dir={out_dir}", *TINY_RUN, *flags]
+    errors = command(script, *flags, processes=2, status=1).stderr.decode()
+    assert errors.count("error: --") in ([1] if "nan" in patch else [1, 2]) and named in errors, errors
 
 
 def test_a_run_whose_output_nobody_reads_any_more_goes_on(text_data, tmp_path):
@@ -2103,37 +1895,24 @@ def fails(capsys, main, arguments, *named, touching=None):
         assert contents(touching) == before, "bad input must not change any file"
 
 
-@pytest.mark.parametrize(
-    ("flag", "named"),
-    [
-        ("--scale=best", "--scale best 182m"),
-        ("--arch=best", "--arch best vanilla"),
-        ("--router=best", "--router best softmax"),
-        ("--balance=best", "--balance best layer"),
-        ("--lr=best", "--lr best float"),
-        ("--n_embd=400000000", "--scale=tiny no room"),
-    ],
-)
-def test_bad_values_of_train(flag, named, text_data, capsys, tmp_path):
-    flags = [f"--data_dir={text_data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", flag]
-    fails(capsys, train.main, flags, *named.split(), touching=tmp_path)
+def test_a_model_without_room(text_data, capsys, tmp_path):
+    flags = [f"--data_dir={text_data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--n_embd=400000000"]
+    fails(capsys, train.main, flags, "--scale=tiny", "no room", touching=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--learning_rate=1", "--max_step=1", "--decay_steps=0", "--max_steps=-1", "--seed=-1", "--lr=nan", "--lr=-1",
-     "--weight_decay=inf", "--warmup=1.5", "--beta2=1", "--batch_size=99999999999", "--balance_coef=nan",
-     "--n_expert=8 --arch=dense", "--top_k=33", "--n_pool=3 --n_layer=4", "--n_pool=4 --n_expert=30",
-     "--n_head=3 --n_embd=128", "--n_head=4 --n_embd=60", "--n_kv_head=3 --n_head=4",
-     "--batch_size=8 --micro_batch_size=3", "--device=tpu", "--device=meta", "--data_dir=nowhere", "--out_dir=file",
-     "--n_layer=9223372036854775808", "--n_expert=99999999999999999999", "--keep=1000",
-     # what would change nothing is not accepted in silence
-     "--router=norm --arch=dense", "--top_k=1 --arch=dense", "--n_pool=1 --arch=dense", "--balance_coef=1 --arch=dense",
-     "--bias_rate=0.1", "--balance_coef=0.1 --balance=none",
-     "--n_pool=1 --arch=vanilla", "--adam_eps=0", "--min_lr=0.1 --lr=0.01",
-     "--lock=1", "--lock=0.001", "--lock=0.5 --lock_random", "--lock=0.5 --n_pool=2", "--lock=0.5 --router=softmax",
-     "--lock=0.5 --balance=layer", "--lock=0.5 --n_expert=30", "--lock=0.5 --n_expert=8 --top_k=3"],
-)  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    "--scale best", "--arch best", "--router best", "--balance best", "--lr best", "--learning_rate=1", "--max_step=1",
+    "--decay_steps=0", "--max_steps=-1", "--seed=-1", "--lr=nan", "--lr=-1", "--weight_decay=inf", "--warmup=1.5",
+    "--beta2=1", "--batch_size=99999999999", "--balance_coef=nan", "--n_expert=8 --arch=dense", "--adam_eps=0",
+    "--n_pool=3 --n_layer=4", "--batch_size=8 --micro_batch_size=3", "--device=tpu", "--device=meta",
+    "--data_dir=nowhere", "--out_dir=file", "--n_layer=9223372036854775808", "--n_expert=99999999999999999999",
+    "--keep=1000", "--n_pool=1 --arch=vanilla", "--min_lr=0.1 --lr=0.01",
+    # what would change nothing is not accepted in silence
+    "--router=norm --arch=dense", "--top_k=1 --arch=dense", "--n_pool=1 --arch=dense", "--balance_coef=1 --arch=dense",
+    "--bias_rate=0.1", "--balance_coef=0.1 --balance=none",
+    "--lock=1", "--lock=0.001", "--lock=0.5 --lock_random", "--lock=0.5 --n_pool=2", "--lock=0.5 --router=softmax",
+    "--lock=0.5 --balance=layer", "--lock=0.5 --n_expert=30", "--lock=0.5 --n_expert=8 --top_k=3",
+])  # fmt: skip
 def test_bad_flags_of_train(flags, text_data, capsys, tmp_path, monkeypatch):
     """A flag that is unknown, or not written out, and numbers that are out of range or do not go together."""
     monkeypatch.chdir(tmp_path)
@@ -2142,50 +1921,40 @@ def test_bad_flags_of_train(flags, text_data, capsys, tmp_path, monkeypatch):
     fails(capsys, train.main, ["--device=cpu", f"--data_dir={text_data}", *flags.split()], *named, touching=tmp_path)
 
 
-def test_batch_not_divisible_by_processes():
-    with pytest.raises(BadInput, match=r"--batch_size=8 .* 3 process"):
-        train.split_batch(*train.settle(dict(batch_size=8), None), 3, torch.device("cpu"))
-
-
 @needs_proc
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_a_step_finds_the_memory_of_the_one_before():
     """64 MB that are freed stay with the process once keep_freed_memory() was called, and go back without it."""
     code = """
-import re, sys, torch, train
-def resident():
-    return int(re.search(r"VmRSS:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
-if sys.argv[1] == "keep":
-    train.keep_freed_memory()
+import os, torch, train
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 before = resident()
-x = torch.ones(2**24)
-del x
+torch.ones(2**24)
 print(resident() - before)
 """
-    kept, given_back = (int(subprocess.run([sys.executable, "-c", code, word], cwd=HERE, capture_output=True).stdout)
-                        for word in ("keep", "give"))  # fmt: skip
+    codes = code.replace("before", "train.keep_freed_memory()\nbefore", 1), code
+    kept, given_back = (int(subprocess.check_output([sys.executable, "-c", code], cwd=HERE)) for code in codes)
     assert kept > 50 > 10 > given_back, (kept, given_back)
 
 
 @pytest.mark.parametrize("scale, gib, expected", [("182m", 80, (64, 1)), ("182m", 24, (8, 8)), ("469m", 80, (16, 4)),
                                                   ("182m", 8, (1, 64))])  # fmt: skip
 def test_a_micro_batch_is_what_a_gpu_has_room_for(scale, gib, expected, monkeypatch):
-    memory = types.SimpleNamespace(total_memory=gib * 2**30)
+    memory = mock.Mock(total_memory=gib * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     settings, config = train.settle(dict(scale=scale), None)
     assert train.split_batch(settings, config, 8, torch.device("cuda")) == expected, "(sequences, micro-batches)"
     settings.micro_batch_size = 2
     assert train.split_batch(settings, config, 8, torch.device("cuda")) == (2, 32), "a size that is given stays"
+    with pytest.raises(BadInput, match=r"--batch_size=512 must be a multiple of 6: 3 process"):
+        train.split_batch(settings, config, 3, torch.device("cuda"))
 
 
 DAMAGE = {
     "no shard": ("train_000.bin", lambda raw: None),
-    "empty shard": ("train_000.bin", lambda raw: b""),
-    "odd length": ("train_000.bin", lambda raw: raw[:-1]),
-    "cut short": ("train_000.bin", lambda raw: raw[:-200]),
+    "cut short": ("train_000.bin", lambda raw: raw[:-1]),
     "token outside the vocabulary": ("train_000.bin", lambda raw: raw[:1000] + b"\x40\x01" + raw[1002:]),
     "empty validation": ("val_000.bin", lambda raw: b""),
-    "no validation": ("val_000.bin", lambda raw: None),
     "meta missing": ("meta.json", lambda raw: None),
     "meta cut short": ("meta.json", lambda raw: raw[:20]),
     "meta not a dict": ("meta.json", lambda raw: b"[]"),
@@ -2204,11 +1973,6 @@ def test_bad_data(name, damage, capsys, tmp_path):
     flags = [f"--data_dir={path.parent}", f"--out_dir={tmp_path / 'out'}", *TINY_RUN]
     fails(capsys, train.main, flags, path, touching=tmp_path)
     assert not (tmp_path / "out").exists()
-
-
-def test_too_few_tokens_for_one_sequence(tmp_path):
-    with pytest.raises(BadInput, match="train_000.bin: 16 tokens .*--block_size=16"):
-        open_split(tokens_folder(tmp_path / "data", n_train=16))
 
 
 def test_bad_token_beyond_the_part_checked_at_start(capsys, tmp_path, monkeypatch):
@@ -2249,20 +2013,16 @@ def test_resume_with_data_of_another_tokenizer(trained, capsys, tmp_path):
     fails(capsys, train.main, flags, folder / "meta.json", "bytes", "gpt2", touching=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--num_samples=0", "--max_new_tokens=0", "--temperature=-1", "--top_k=0", "--prompts=x"]
-)
+@pytest.mark.parametrize("flag", ["--num_samples=0", "--temperature=-1", "--top_k=0", "--prompts=x"])
 def test_bad_flags_of_sample(flag, trained, capsys):
     fails(capsys, sample.main, [f"--out_dir={trained}", "--device=cpu", flag], flag, touching=trained)
 
 
 def test_weights_that_are_not_finite_are_told(trained, tmp_path, capsys):
-    checkpoint = torch.load(trained / "ckpt.pt")
+    checkpoint, path = torch.load(trained / "ckpt.pt"), tmp_path / "ckpt.pt"
     checkpoint["model"]["pools.0.down"][3, 0, 0] = math.nan
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    fails(
-        capsys, sample.main, [f"--out_dir={tmp_path}", "--device=cpu"], tmp_path / "ckpt.pt", "pools.0.down", "finite"
-    )
+    torch.save(checkpoint, path)
+    fails(capsys, sample.main, [f"--out_dir={tmp_path}", "--device=cpu"], path, "pools.0.down", "finite")
 
 
 @pytest.mark.parametrize(("bad", "prompt", "stdin"), [("empty", "", b""), ("UTF-8", "\udcff", b"caf\xe9")])
@@ -2272,26 +2032,21 @@ def test_bad_prompts(bad, prompt, stdin, trained, capsys, monkeypatch):
         fails(capsys, sample.main, [f"--out_dir={trained}", "--device=cpu", flag], "--prompt", bad)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "flags", "named"),
-    [
-        ("a.jsonl", b'{"text": "fine"}\n{"text": "cut sh', [], ["a.jsonl line 2", "--skip_bad"]),
-        ("a.jsonl", b'{"text": "fine"}\n\n{"words": "none"}\n', [], ["a.jsonl line 3", "--skip_bad"]),
-        ("a.jsonl", b"[" * 100_000, [], ["a.jsonl line 1", "--skip_bad"]),
-        ("a.jsonl", b'{"text": "\xff"}\n', [], ["a.jsonl line 1", "UTF-8"]),
-        ("a.parquet", b"no parquet", [], ["a.parquet"]),
-        ("a.txt", b"caf\xe9", [], ["a.txt", "0xe9", "after 3 characters"]),
-        ("a.txt", b"", [], ["--val_fraction=0.05", "0 documents"]),
-        ("a.txt", b"one document", [], ["--val_fraction=0.05", "1 documents to train and 0 to"]),
-        ("a.txt", b"text", ["--val_fraction=1.5"], ["--val_fraction=1.5"]),
-        ("a.txt", b"text", ["--workers=0"], ["--workers=0"]),
-        ("a.txt", b"text", ["--tokenizer=llama"], ["--tokenizer", "llama", "gpt2"]),
-        ("a.txt", b"text", ["--source", "nothing/*"], ["--source nothing/*"]),
-        ("a.txt", b"text", ["--source", "pile", "stdlib"], ["--source pile", "alone"]),
-        ("a.txt", b"text", ["--out_dir=."], ["--out_dir=.", "exists"]),
-        ("a.txt", b"text", ["--out_dir=a.txt/data"], ["--out_dir=a.txt/data", "cannot be written"]),
-    ],
-)
+@pytest.mark.parametrize("name, content, flags, named", [
+    ("a.jsonl", b'{"text": "fine"}\n\n{"words": "none"}\n', [], ["a.jsonl line 3", "--skip_bad"]),
+    ("a.jsonl", b"[" * 100_000, [], ["a.jsonl line 1", "--skip_bad"]),
+    ("a.jsonl", b'{"text": "\xff"}\n', [], ["a.jsonl line 1", "UTF-8"]),
+    ("a.parquet", b"no parquet", [], ["a.parquet"]),
+    ("a.txt", b"caf\xe9", [], ["a.txt", "0xe9", "after 3 characters"]),
+    ("a.txt", b"one document", [], ["--val_fraction=0.05", "1 documents to train and 0 to"]),
+    ("a.txt", b"text", ["--val_fraction=1.5"], ["--val_fraction=1.5"]),
+    ("a.txt", b"text", ["--workers=0"], ["--workers=0"]),
+    ("a.txt", b"text", ["--tokenizer=llama"], ["--tokenizer", "llama", "gpt2"]),
+    ("a.txt", b"text", ["--source", "nothing/*"], ["--source nothing/*"]),
+    ("a.txt", b"text", ["--source", "pile", "stdlib"], ["--source pile", "alone"]),
+    ("a.txt", b"text", ["--out_dir=."], ["--out_dir=.", "exists"]),
+    ("a.txt", b"text", ["--out_dir=a.txt/data"], ["--out_dir=a.txt/data", "cannot be written"]),
+])  # fmt: skip
 def test_bad_input_of_prepare_pile(name, content, flags, named, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
@@ -2300,13 +2055,10 @@ def test_bad_input_of_prepare_pile(name, content, flags, named, capsys, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == [name], "nothing may be left behind"
 
 
-@pytest.mark.parametrize(
-    ("function", "flags", "named"),
-    [
-        ("datasets.load_dataset", ["--tokenizer=bytes"], ["monology/pile-uncopyrighted", "hub", "--source"]),
-        ("tiktoken.get_encoding", ["--source", __file__], ["gpt2", "TIKTOKEN_CACHE_DIR", "--tokenizer bytes"]),
-    ],
-)
+@pytest.mark.parametrize("function, flags, named", [
+    ("datasets.load_dataset", ["--tokenizer=bytes"], ["monology/pile-uncopyrighted", "hub", "--source"]),
+    ("tiktoken.get_encoding", ["--source", __file__], ["gpt2", "TIKTOKEN_CACHE_DIR", "--tokenizer bytes"]),
+])  # fmt: skip
 def test_no_network(function, flags, named, capsys, tmp_path, monkeypatch):
     """As the libraries report it: an OSError while they download."""
     monkeypatch.chdir(tmp_path)
@@ -2419,11 +2171,6 @@ def test_memory_as_a_command(fake_steps):
     assert all("yes" in row[-1] and row[-2] in ("forward", "backward", "optimizer") for row in rows)
 
 
-@pytest.mark.parametrize("scale", ["182m", "978m"])
-def test_what_a_gpu_has_room_for_is_what_a_step_needs(scale, fake_steps):
-    assert 0.8 < fake_steps["room " + scale] / (80 * 2**30) < 0.93, "about a tenth stays free"
-
-
 def test_roofline_by_hand(fake_steps):
     """A dense step's products and a locked one's: arithmetic, and the experts' weights that a layer reads."""
     dense, unipool, locked = (fake_steps[f"roofline {name}"] for name in ("dense", "unipool", "unipool, locked"))
@@ -2460,6 +2207,8 @@ def test_memory_of_a_step_by_hand(fake_steps):
     assert memory["sharded"]["weights"] == pytest.approx(plain["weights"] / 8, rel=0.05)
     saved = plain["kept by forward"] - memory["recompute"]["kept by forward"]
     assert 0.8 * N * L * layer < saved < N * L * layer, "--recompute keeps little more than a layer's input"
+    for scale in ("182m", "978m"):
+        assert 0.8 < fake_steps["room " + scale] / (80 * 2**30) < 0.93, "of what has room, about a tenth stays free"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2546,7 +2295,6 @@ ABLATE = ["--methods", "vanilla", "unipool", "--scale=tiny", *TINY_LAYERS, "--ev
 
 
 def test_ablate_trains_what_is_missing_and_reports(text_data, tmp_path, capsys):
-    """Two methods, one seed; then the same once more, which trains nothing; then with other flags, which is refused."""
     flags = [*ABLATE, f"--data_dir={text_data}", "--max_steps=2", f"--runs={tmp_path / 'runs'}", "--jobs=2",
              f"--results={tmp_path / 'results'}", "--seeds=5"]  # fmt: skip
     ablate.main(flags)
@@ -2592,30 +2340,22 @@ def test_ablate_stopped_in_the_middle_goes_on(text_data, tmp_path):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (["--methods=best"], ["--methods=best", "unipool-67"]),
-        (["--seed", "1"], ["--seed=1", "--seeds"]),
-        (["--balance=layer"], ["--balance=layer", "--methods"]),
-        (["--methods=g6"], ["--methods=g6", "4 layers"]),
-        (["--lr=fast"], ["--lr", "fast"]),
-        (["--jobs=0"], ["--jobs: 0"]),
-        (["--scale=1b"], ["--scale", "1b", "182m"]),
-    ],
-)
-def test_bad_flags_of_ablate(flags, named, capsys, tmp_path):
-    fails(capsys, ablate.main, [f"--runs={tmp_path / 'runs'}", *flags], *named, touching=tmp_path)
+@pytest.mark.parametrize("flag, named", [
+    ("--methods=best", "unipool-67"), ("--methods=g6", "4 layers"), ("--seed=1", "--seeds"), ("--lr=fast", "float"),
+    ("--balance=layer", "--methods"), ("--jobs=0", "--jobs: 0"), ("--scale=1b", "182m"),
+])  # fmt: skip
+def test_bad_flags_of_ablate(flag, named, capsys, tmp_path):
+    flags = [f"--runs={tmp_path / 'runs'}", flag]
+    fails(capsys, ablate.main, flags, *flag.split("="), named, touching=tmp_path)
 
 
-def test_a_run_that_fails_ends_the_others(text_data, tmp_path, capsys):
-    """And, as it never made a step, it does not stand in the way of the corrected command."""
+def test_a_run_that_never_made_a_step_does_not_stand_in_the_way(text_data, tmp_path, capsys):
+    """Of the corrected command. One that did is not mixed with other flags."""
     flags = ["--methods", "dense", "--seeds=1", f"--runs={tmp_path}", "--results=", *TINY_LAYERS, "--max_steps=1"]
     fails(capsys, ablate.main, [*flags, "--data_dir=nowhere"], "dense-1", "--data_dir=nowhere", "log.txt")
     ablate.main([*flags, f"--data_dir={text_data}"])
     assert read_metrics(tmp_path / "dense-1")[-1]["step"] == 1
     fails(capsys, ablate.main, [*flags, f"--data_dir={text_data}", "--lr=0.01"], "dense-1", "--runs", touching=tmp_path)
-    assert common.ExperimentParser("", "x").get_default("results") == "results", "what git tracks is not overwritten"
 
 
 @pytest.fixture(scope="session")
@@ -2662,17 +2402,6 @@ def test_only_runs_that_differ_in_their_seed_are_one_method(short_runs, tmp_path
     assert error.count("\n") == 1 and "n_shared" in error, "one line that says what is unknown"
 
 
-def test_pictures_of_few_methods(short_runs):
-    """Dense stands beside vanilla as the others do; a method alone has no empty panel."""
-    runs = [types.SimpleNamespace(name=name, folder=short_runs / name) for name in ("vanilla", "dense")]
-    results = {name: dict(name=name, difference={1: 0.1}) for name in ("vanilla", "dense")}
-    fig = ablate.draw(runs, results, "")
-    assert [label.get_text() for label in fig.axes[1].get_yticklabels()] == ["dense"]
-    tokens = [line["tokens"] for line in read_metrics(short_runs / "dense")]
-    assert fig.axes[0].get_xlim()[0] == min(tokens), "axes begin where curves do"
-    assert len(ablate.draw(runs[1:], {"dense": dict(name="dense", difference={})}, "").axes) == 1
-
-
 def test_a_curve_is_the_mean_of_its_runs():
     first, second = {1e6: 3.0, 2e6: 2.0, 3e6: 1.0}, {1e6: 4.0, 2e6: 3.0}
     ax, other = Figure().subplots(1, 2)
@@ -2700,36 +2429,27 @@ def test_routing_statistics_against_counts(n_pool, top_k, text_data):
     data = prepare_pile.TokenData(text_data, "val", prepare_pile.read_meta(text_data, 320), 16, 320)
     figures = probe.measure(model, data, np.arange(6), torch.device("cpu"), mock.Mock())
     M, L = 8 // n_pool, 4
-    counts = [[0] * 8 for _ in range(L)]
-    met = {}  # token: experts
-    for layer, (gates, experts, _) in enumerate(seen):
-        for token, choices in enumerate(experts.tolist()):
-            for expert, gate in zip(choices, gates[token].tolist()):
-                if gate > 0:
-                    number = layer * n_pool // L * M + expert
-                    counts[layer][number] += 1
-                    met.setdefault(token, set()).add(number)
-    served = [sum(of_layer) / (6 * 16 * top_k) for of_layer in counts]
-    assert figures["unserved"] == pytest.approx([1 - share for share in served]) and min(served) < 1
-    shares = [[count / sum(of_layer) for count in of_layer] for of_layer in counts]
-    np.testing.assert_allclose(figures["shares"], shares)
-    assert figures["distinct_share"] == pytest.approx(sum(map(len, met.values())) / sum(map(sum, counts)))
-    loads = [sum(column) for column in zip(*counts)]
-    assert figures["dead_experts"] == loads.count(0)
-    assert figures["load"] == pytest.approx([load / (sum(loads) / 8) for load in loads])
-    assert figures["layers_of_expert"] == [sum(of_layer[i] >= 0.5 / M for of_layer in shares) for i in range(8)]
-    for l, (gates, _, scores) in enumerate(seen):
-        sums = scores.sum(dim=1).mean().item(), gates.sum(dim=1).mean().item()
-        assert (figures["score_sum"][l], figures["gate_sum"][l]) == pytest.approx(sums, rel=1e-5)
-    entropies = []
-    for g in range(n_pool):
-        p = np.array(loads[g * M : (g + 1) * M]) / sum(loads[g * M : (g + 1) * M])
-        entropies.append(np.exp(-sum(x * np.log(x) for x in p if x)) / M)
-    assert figures["utilisation"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    visits = np.zeros((L, 6 * 16, 8))  # of each token to each expert of all pools
+    for l, (gates, experts, _) in enumerate(seen):
+        for token, choice in (gates > 0).nonzero().tolist():
+            visits[l, token, l * n_pool // L * M + experts[token, choice]] += 1
+    counts, loads = visits.sum(axis=1), visits.sum(axis=(0, 1))
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    p = loads.reshape(n_pool, M) / loads.reshape(n_pool, M).sum(axis=1, keepdims=True)
+    expected = dict(
+        unserved=1 - counts.sum(axis=1) / (6 * 16 * top_k), shares=shares, load=loads / loads.mean(),
+        dead_experts=(loads == 0).sum(), distinct_share=visits.any(axis=0).sum() / visits.sum(),
+        layers_of_expert=(shares >= 0.5 / M).sum(axis=0), utilisation=np.prod(p**-p, axis=1).mean() / M,
+        score_sum=[scores.sum(dim=1).mean().item() for _, _, scores in seen],
+        gate_sum=[gates.sum(dim=1).mean().item() for gates, _, _ in seen],
+    )  # fmt: skip
+    for name, value in expected.items():
+        np.testing.assert_allclose(figures[name], value, rtol=1e-5, atol=1e-9, err_msg=name)
+    assert max(figures["unserved"]) > 0, "the test needs pairs that no expert serves"
     if n_pool == 1:
-        own = [[expert for expert, owner in enumerate(figures["owner"]) if owner == l] for l in range(L)]
-        assert [len(experts) for experts in own] == [2] * L
-        assert figures["covered"] == pytest.approx([sum(shares[l][i] for i in own[l]) for l in range(L)])
+        own = np.array(figures["owner"]) == np.arange(L)[:, None]
+        assert own.sum(axis=1).tolist() == [2] * L
+        assert figures["covered"] == pytest.approx((shares * own).sum(axis=1))
 
 
 def test_probe_of_a_locked_model(text_data):
@@ -2774,27 +2494,24 @@ def test_random_choices_are_uniform_over_the_allowed_and_keep_the_gates():
 @pytest.mark.parametrize("alike", [True, False])
 def test_probe_costs_nothing_when_all_experts_are_alike(alike, text_data):
     """And its loss is that of train.py's validation, with and without a layer; its accuracy that of the logits."""
-    config = dict(vocab_size=320, n_expert=24)
-    model, device = small_model(**config), torch.device("cpu")
+    model, device = small_model(vocab_size=320, n_expert=24), torch.device("cpu")
     if alike:
         for weight in model.pools.parameters():
             weight.data[:] = weight.data[:1]
-    data = prepare_pile.TokenData(text_data, "val", prepare_pile.read_meta(text_data, 320), 16, 320)
-    reference = small_model(**config)
-    reference.load_state_dict(model.state_dict())
+    data = open_split(text_data, "val", vocab_size=320)
+    tokens = torch.from_numpy(data.sequences(np.linspace(0, len(data) - 1, 32).astype(np.int64)))
+    right = model(tokens[:, :-1]).logits.argmax(dim=-1) == tokens[:, 1:]
+    losses = {}
+    for seen in (0, 1):  # without layer 1's experts, and with them
+        model.blocks[1].router.seen.fill_(seen)
+        losses[seen], _ = train.validate(model, data, 512, 8, 0, 1, device)
     for block in model.blocks:
         block.router = probe.WatchedRouter(block.router)
     figures = probe.probe(model.eval(), data, 512, 2, device, "test")
-    loss = train.validate(reference, data, 512, 8, 0, 1, device)[0]
-    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
-    reference.blocks[1].router.seen.zero_()
-    without = train.validate(reference, data, 512, 8, 0, 1, device)[0]
-    assert figures["worth"][1] == pytest.approx(without - loss, abs=1e-5) and abs(without - loss) > 1e-4
-    reference.blocks[1].router.seen.fill_(1)
-    indices = np.linspace(0, len(data) - 1, 32).astype(np.int64)
-    tokens = torch.from_numpy(data.sequences(indices))
-    logits = reference.eval()(tokens[:, :-1]).logits
-    assert figures["accuracy"] == pytest.approx((logits.argmax(-1) == tokens[:, 1:]).float().mean().item())
+    assert figures["loss"] == pytest.approx(losses[1], rel=1e-5)
+    worth = losses[0] - losses[1]
+    assert figures["worth"][1] == pytest.approx(worth, abs=1e-5) and abs(worth) > 1e-4
+    assert figures["accuracy"] == pytest.approx(right.float().mean().item())
     assert figures["probe"].keys() == {"uniform", "matched"} and figures["tokens"] == 512
     changes = []
     for way in figures["probe"].values():
@@ -2822,14 +2539,11 @@ def test_probe_as_a_command(short_runs, tmp_path, capsys):
 
 
 def test_loss_against_depth(text_data, tmp_path):
-    """Vanilla's experts grow with depth, the pool's do not."""
     layers = [flag for flag in TINY_LAYERS if "n_layer" not in flag]
     depth.main([*layers, f"--data_dir={text_data}", "--max_steps=1", "--depths", "1", "2", "--seeds=1",
                 f"--runs={tmp_path / 'runs'}", f"--results={tmp_path}"])  # fmt: skip
     results = json.loads((tmp_path / "depth_tiny.json").read_text())["results"]
-    assert results.keys() == {"vanilla-1", "unipool-1", "vanilla-2", "unipool-2"} and is_picture(
-        tmp_path / "depth_tiny.png"
-    )
+    assert len(results) == 4 and is_picture(tmp_path / "depth_tiny.png")
     for name, L in itertools.product(("vanilla", "unipool"), (1, 2)):
         run = tmp_path / "runs" / f"{name}-{L}-1"
         config = UniPoolConfig(**train.load_checkpoint(run / "ckpt.pt")["config"])
@@ -2895,22 +2609,12 @@ def test_bench_as_a_command(tmp_path, capsys):
     for shape in ("tiny:200", "1b:256", "12x7:256", "0x0:256", "tiny"):
         fails(capsys, bench.main, ["--shapes", shape], f"--shapes={shape}", touching=tmp_path)
     (tmp_path / "file").touch()
-    for flag in (
-        "--seconds=nan",
-        "--steps=0",
-        "--name=a/b",
-        f"--results={tmp_path / 'file'}",
-        "--results=/proc/results",
-    ):
+    for flag in ("--seconds=nan", "--steps=0", "--name=a/b", f"--results={tmp_path}/file", "--results=/proc/results"):
         fails(capsys, bench.main, [flag], *flag.split("="), touching=tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Experiments: zero-shot tasks
-
-
-def request(*args):
-    return mock.Mock(args=args)
+# Experiments: zero-shot tasks, export
 
 
 @pytest.fixture
@@ -2929,7 +2633,7 @@ def test_log_likelihoods_by_hand(name, adapter):
     encode, model = adapter.tokens.encode, adapter.model
     requests = [("def f", "(x)"), ("", "abc"), ("a b c d e f", " g h" * 4), ("x", " y"), ("zy 0" * 30, " later"),
                 ("q", " r" * 16), ("Naïve café, 你好", " 😀")]  # fmt: skip
-    found = adapter.loglikelihood([request(*pair) for pair in requests], disable_tqdm=True)
+    found = adapter.loglikelihood([mock.Mock(args=pair) for pair in requests], disable_tqdm=True)
     for (context, continuation), (log_p, greedy) in zip(requests, found):
         tokens = encode(context + continuation) if context else [adapter.tokens.eot_token, *encode(continuation)]
         kept = tokens[-33:]  # 32 tokens of input, and the last one
@@ -2939,15 +2643,9 @@ def test_log_likelihoods_by_hand(name, adapter):
         by_hand = [steps[i, token].item() for i, token in enumerate(kept[1:])]
         assert log_p == pytest.approx(sum(by_hand[-predicted:]), rel=1e-5), (context, continuation)
         assert greedy == (logits[-predicted:].argmax(-1).tolist() == kept[-predicted:])
-
-
-@torch.no_grad()
-def test_greedy_continuation_is_recognised(adapter):
-    context = list(b"import os")
-    likeliest = adapter.model(torch.tensor([context])).logits[0, -1].argmax().item()
-    other = (likeliest + 1) % 256
-    found = adapter._loglikelihood_tokens([(None, context, [likeliest]), (None, context, [other])], disable_tqdm=True)
-    assert [greedy for _, greedy in found] == [True, False] and found[0][0] > found[1][0]
+    best = model(torch.tensor([[1, 2, 3]])).logits[0, -1].argmax().item()
+    found = adapter._loglikelihood_tokens([(None, [1, 2, 3], [token]) for token in (best, (best + 1) % 256)])
+    assert [greedy for _, greedy in found] == [True, False]
 
 
 def test_endings_that_cannot_be_scored_are_refused_and_cut_texts_are_counted(adapter, capsys):
@@ -2965,11 +2663,11 @@ def task_file(folder, kind, metric):
         task="endings", dataset_path="json", dataset_kwargs=dict(data_files=f"{folder}/endings.jsonl"),
         test_split="train", output_type=kind, doc_to_text="{{text}}", doc_to_choice="{{endings}}",
         doc_to_target="{{right}}", metric_list=[dict(metric=metric, aggregation="mean", higher_is_better=True)],
-    ))  # fmt: skip
+        target_delimiter=""))  # fmt: skip
 
 
 def test_a_local_task_through_the_harness(short_runs, tmp_path, capsys, monkeypatch):
-    """Accuracy on a task of our own, against choosing the likeliest ending by hand; offline."""
+    """Accuracy on a task of our own, against the likeliest endings by the log-likelihoods above; offline."""
     pytest.importorskip("lm_eval", reason="an extra: pip install lm_eval==0.4.13")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -2983,30 +2681,17 @@ def test_a_local_task_through_the_harness(short_runs, tmp_path, capsys, monkeypa
     flags = [out, "--tasks", "endings", f"--include_path={task.parent}", "--device=cpu", f"--results={tmp_path}"]
     evaluate.main([str(flag) for flag in flags])
     model = train.load_model(train.load_checkpoint(out / "ckpt.pt"), "", cpu).eval()
-    rights = []
+    adapter, rights = evaluate.Adapter(model, get_tokenizer("bytes"), batch_size=1), []
     for example in examples:
-        sums, n = [], len(example["text"])
-        for ending in example["endings"]:
-            tokens = list((example["text"] + ending).encode())
-            log_p = F.log_softmax(model(torch.tensor([tokens])).logits[0].double(), dim=-1)
-            sums.append(sum(log_p[i - 1, tokens[i]].item() for i in range(n, len(tokens))))
-        rights.append(np.argmax(sums) == example["right"])
+        requests = [mock.Mock(args=(example["text"], ending)) for ending in example["endings"]]
+        found = adapter.loglikelihood(requests, disable_tqdm=True)
+        rights.append(np.argmax([log_p for log_p, _ in found]) == example["right"])
     record = json.loads((tmp_path / "evaluate.json").read_text())
     assert record["results"]["endings"]["acc,none"] == pytest.approx(np.mean(rights))
     assert 0 < np.mean(rights) < 1, "the test needs right and wrong answers"
     fails(capsys, evaluate.main, [out, "--tasks=nothing", "--device=cpu"], "--tasks=nothing")
     task.write_text(task_file(tmp_path, "generate_until", "exact_match"))
     fails(capsys, evaluate.main, flags, "--tasks", "generated text")
-
-
-def test_the_harness_is_an_extra(capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "lm_eval", None)
-    fails(capsys, evaluate.main, ["out"], "pip install lm_eval")
-    fails(capsys, evaluate.main, ["out", "--batch_size=0"], "--batch_size: 0")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Export to safetensors
 
 
 def export_and_load(model, folder, *flags):
@@ -3041,7 +2726,6 @@ def test_export_keeps_every_weight_and_each_pool_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("fields", [
     dict(n_expert=0, balance="none"),
-    dict(router="softmax", balance="layer", n_pool=4),
     dict(router="softmax", balance="layer", n_pool=4, top_k=2),
     dict(router="softmax", top_k=2),  # a shared pool: each layer gets a copy
 ])  # fmt: skip
@@ -3056,9 +2740,8 @@ def test_transformers_computes_the_same(fields, tmp_path):
     pytest.importorskip("safetensors", reason="an extra: pip install safetensors")
     transformers = pytest.importorskip("transformers", reason="an extra: pip install transformers")
     assert_close(export_and_load(model, tmp_path / "run", "--format=transformers")(idx).logits, logits, "read back")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "run" / "export", dtype=torch.float32, output_loading_info=True
-    )
+    load, folder = transformers.AutoModelForCausalLM.from_pretrained, tmp_path / "run" / "export"
+    theirs, report = load(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     assert_close(theirs.eval()(idx).logits, logits, type(theirs).__name__, rtol=1e-4, atol=1e-4)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -3073,9 +2756,7 @@ def test_a_locked_model_as_a_vanilla_one():
     model.lock(owned, 1)
     config, state = export.to_vanilla(model.config, model.state_dict())
     vanilla = UniPool.from_checkpoint(dict(config=asdict(config), model=state))
-    assert (config.n_pool, vanilla.num_params()) == (4, model.num_params() - 4 * 6 * 32), (
-        "router rows of others are gone"
-    )
+    assert (config.n_pool, vanilla.num_params()) == (4, model.num_params() - 4 * 6 * 32), "others' router rows are gone"
     x = torch.randn(50, 32)
     for theirs, ours, own in zip(vanilla.blocks, model.blocks, owned):
         gates, experts, _ = ours.router(x)
@@ -3088,9 +2769,10 @@ def test_a_locked_model_as_a_vanilla_one():
         assert torch.equal(getattr(vanilla.pools[2], name), pool[owned[2]])
 
 
-def test_safetensors_is_an_extra(capsys, monkeypatch):
-    monkeypatch.setattr(export, "safetensors", None)
-    fails(capsys, export.main, ["out"], "pip install safetensors")
+@pytest.mark.parametrize("module, extra", [(evaluate, "lm_eval"), (export, "safetensors")])
+def test_an_extra_that_is_missing_is_named(module, extra, capsys, monkeypatch):
+    monkeypatch.setattr(module, extra, None)
+    fails(capsys, module.main, ["out"], f"pip install {extra}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3098,46 +2780,33 @@ def test_safetensors_is_an_extra(capsys, monkeypatch):
 
 
 def test_commands_from_text_to_text(tmp_path, monkeypatch, capsys):
-    """prepare_pile.py, train.py, train.py --resume and sample.py, run in an empty folder as a user runs them."""
     write_jsonl(tmp_path / "mine.jsonl.zst")
-    result = command(
-        "prepare_pile.py", "--source", "mine.jsonl.zst", "--tokenizer=bytes", "--out_dir=data/mine", cwd=tmp_path
-    )
-    assert result.returncode == 0 and b"data/mine: " in result.stdout, result.stderr.decode()
+    flags = ["--source", "mine.jsonl.zst", "--tokenizer=bytes", "--out_dir=data/mine"]
+    assert b"data/mine: " in command("prepare_pile.py", *flags, cwd=tmp_path).stdout
     result = command("train.py", "--data_dir=data/mine", *TINY_RUN, "--max_steps=3", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr.decode()
     assert b"python sample.py" in result.stdout.splitlines()[-1] and b"tokens/s" in result.stderr
     result = command("train.py", "--resume", "--data_dir=data/mine", "--max_steps=4", cwd=tmp_path)
-    assert result.returncode == 0 and b"step 4" in result.stdout, result.stderr.decode()
-    texts = []
-    for prompt in (["--prompt=Document é"], ["--prompt=-"]):
-        flags = ["--num_samples=2", "--max_new_tokens=40", "--seed=3", *prompt]
-        result = command("sample.py", *flags, cwd=tmp_path, input="Document é".encode())
-        assert result.returncode == 0, result.stderr.decode()
-        texts.append(result.stdout.decode())
+    assert b"step 4" in result.stdout
+    flags = ["--num_samples=2", "--max_new_tokens=40", "--seed=3"]
+    texts = [command("sample.py", *flags, f"--prompt={prompt}", cwd=tmp_path, input="Document é".encode()).stdout
+             for prompt in ("Document é", "-")]  # fmt: skip
     assert texts[0] == texts[1], "the same prompt, by flag or standard input, and seed give the same text"
-    assert texts[0].count("-" * 80 + "\nDocument é") == 2
-    result = command("sample.py", "--max_new_tokens=5", cwd=tmp_path, input=b"")
-    assert result.returncode == 0, "without a prompt it begins at the start of a document"
+    assert texts[0].decode().count("-" * 80 + "\nDocument é") == 2
+    command("sample.py", "--max_new_tokens=5", cwd=tmp_path, input=b"")  # begins at the start of a document
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")  # a terminal without UTF-8
     result = command("sample.py", "--max_new_tokens=5", "--num_samples=1", "--prompt=é 你", cwd=tmp_path)
-    assert result.returncode == 0 and "é ?".encode("cp1252") in result.stdout, result.stderr.decode()
+    assert "é ?".encode("cp1252") in result.stdout
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.+?)```", (HERE / "README.md").read_text(), re.DOTALL)
     with mock.patch("matplotlib.pyplot.imshow") as imshow:
         exec(code, {})
-    assert (
-        imshow.call_args.args[0].shape == (2, len("def main(argv):")) and "def main(argv):" in capsys.readouterr().out
-    )
+    assert imshow.call_args.args[0].shape == (2, 15) and "def main(argv):" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["train.py", "--scale=1b"], ["train.py", "--top_k=99"], ["sample.py"], ["prepare_pile.py", "--source", "nothing"]],
-)
+@pytest.mark.parametrize("arguments", [["train.py", "--top_k=99"], ["sample.py"], ["prepare_pile.py", "--source=no"]])
 def test_bad_input_as_a_command(arguments, tmp_path):
-    result = command(*arguments, cwd=tmp_path)
-    assert result.returncode == 2 and not result.stdout
+    result = command(*arguments, cwd=tmp_path, status=2)
+    assert not result.stdout
     assert result.stderr.startswith(f"{arguments[0]}: error: ".encode()) and result.stderr.count(b"\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -3202,7 +2871,6 @@ def test_readme_points_at_the_lines_it_names():
 
 
 def test_readme_flags_exist():
-    """Every train.py command in the README parses, and its model can be built."""
     readme = (HERE / "README.md").read_text()
     commands = re.findall(r"train\.py((?: +--(?!help)[\w-]+(?:=[^\s`]+)?)+)", readme)
     assert len(commands) > 8
