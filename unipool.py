@@ -189,7 +189,7 @@ class Router(nn.Module):
         """x: (N, C) -> gates (N, k) fp32, experts (N, k) int64, scores (N, M) fp32, computed in fp32 throughout."""
         with torch.autocast(x.device.type, enabled=False):
             scores = self.score(F.linear(x.float(), self.weight.float())) * self.seen  # (N, M)
-        choices = (scores + self.bias).masked_fill(self.seen == 0, -math.inf)
+        choices = scores + self.bias.masked_fill(self.seen == 0, -math.inf)
         experts = choices.topk(self.top_k, dim=-1).indices  # (N, k)
         return scores.gather(-1, experts), experts, scores  # the gate is the score itself, not normalised again
 
