@@ -263,8 +263,8 @@ def write_folder(folder, shards, at_least, meta, max_tokens, skip_bad, workers, 
         bar.write(f"{folder}: {begun['parts']} part(s) are there, going on")
         meta.update(begun)
     folder.mkdir(exist_ok=True)
-    documents = read_shards(shards[meta["shards"] :], meta["shard_documents"], meta["piece"])
-    documents = tokenize_ahead(documents, get_tokenizer(meta["tokenizer"]), meta["val_fraction"], workers)
+    texts = read_shards(shards[meta["shards"] :], meta["shard_documents"], meta["piece"])
+    documents = tokenize_ahead(texts, get_tokenizer(meta["tokenizer"]), meta["val_fraction"], workers)
     try:
         while True:
             with new_file(unfinished) as file:
@@ -292,7 +292,7 @@ def prepare(sources, out_dir=None, tokenizer=None, val_fraction=None, max_tokens
     kind = sources[0] if len(sources) == 1 and sources[0] in SOURCES else "files"
     given = dict(out_dir=out_dir, tokenizer=tokenizer, val_fraction=val_fraction, max_tokens=max_tokens)
     flags = SOURCES[kind] | {name: value for name, value in given.items() if value is not None}
-    out_dir, tokenizer, val_fraction, max_tokens, piece = flags.values()
+    out_dir, tokenizer, val_fraction, max_tokens, piece = flags.values()  # in SOURCES' order
     folder, workers = Path(out_dir), (os.cpu_count() or 1) if workers is None else workers
     if not 0 < val_fraction < 1:
         raise BadInput(f"--val_fraction={val_fraction} must lie between 0 and 1, both excluded")
