@@ -632,10 +632,11 @@ def run(argv, at_end):
     board = SummaryWriter(out_dir, purge_step=step + 1) if settings.tensorboard and is_main else None
     bar = tqdm(total=settings.max_steps, initial=step, unit="step", disable=not is_main,
                mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
+    unheard = contextlib.suppress(OSError)  # who reads what is printed, as tee, may have gone: a run of days goes on
     stop = []  # signals that came during the loop: it finishes the step, saves and ends; the third ends at once
 
     def say(text):
-        with contextlib.suppress(OSError):  # who reads it, as tee, may have gone: a run of days goes on
+        with unheard:
             bar.write(text)
 
     def on_signal(number, frame):
@@ -709,7 +710,7 @@ def run(argv, at_end):
         step += 1
         position += settings.batch_size
         window_tokens += settings.batch_size * config.block_size
-        with contextlib.suppress(OSError):
+        with unheard:
             bar.update()
 
         # ---- What is logged
@@ -781,7 +782,7 @@ def run(argv, at_end):
         writing.result()
     if board:
         board.close()
-    with contextlib.suppress(OSError):
+    with unheard:
         bar.close()
     n_skipped, in_a_row = skipped.tolist()
     # The others just end: torchrun would answer their errors by killing this one.
