@@ -185,14 +185,16 @@ def string(text, where):
 
 
 def tokenize(text, tokenizer, val_fraction):
-    """A text -> tokens (uint16) that end with <|endoftext|>, length in bytes, and "val" if held out, else "train"."""
+    """A text -> tokens (uint16), the last of them <|endoftext|>, length in bytes, and "val" or "train"; or BadInput."""
     if not isinstance(text, str):
         return text  # write_part() decides on it, in order
     # Half a surrogate pair, which JSON's \ud83d can spell but UTF-8 cannot, becomes a replacement character.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     raw = text.encode("utf-8")
-    # disallowed_special=(): a text that spells "<|endoftext|>" is text like any other
-    tokens = np.append(tokenizer.encode_to_numpy(text, disallowed_special=()), tokenizer.eot_token)
+    try:  # disallowed_special=(): a text that spells "<|endoftext|>" is text like any other
+        tokens = np.append(tokenizer.encode_to_numpy(text, disallowed_special=()), tokenizer.eot_token)
+    except ValueError as error:  # about a million spaces in a row are too many for tiktoken's regular expression
+        return BadInput(f"a text of {len(text):,} characters that begins with {text[:40]!r}: {error}")
     number = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
     return tokens.astype("<u2"), len(raw), "val" if number < val_fraction * 2**64 else "train"
 

@@ -1005,6 +1005,16 @@ def test_skip_bad_counts_what_it_leaves_out(tmp_path):
     assert sorted(documents) == sorted([*DOCUMENTS, "good \ufffd", "fine"])
 
 
+def test_a_text_that_the_tokenizer_fails_on_is_a_bad_document(tmp_path):
+    """tiktoken's regular expression for GPT-2 steps back over spaces, but not over a million."""
+    gpt2_or_skip()
+    write_jsonl(tmp_path / "a.jsonl", [*DOCUMENTS, " " * 10**6 + "a"])
+    with pytest.raises(BadInput, match="1,000,001 characters.*--skip_bad"):
+        prepared(tmp_path / "a.jsonl", tmp_path / "data", tokenizer="gpt2")
+    meta = prepared(tmp_path / "a.jsonl", tmp_path / "data", tokenizer="gpt2", skip_bad=True)
+    assert meta["train_documents"] + meta["val_documents"] == 60 and meta["skipped_documents"] == 1
+
+
 def test_hub_source(tmp_path, monkeypatch):
     """The Pile is streamed from the hub: what `datasets` is asked for, and what becomes of the rows of its shards."""
     import datasets
