@@ -47,6 +47,7 @@ def run_command(main, silent=lambda: False):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
     try:
         main()
+        print(end="", flush=True)  # else it is Python that finds nobody reading, when it ends, with status 120
     except BrokenPipeError:  # `python sample.py | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (BadInput, OSError) as error:

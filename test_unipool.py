@@ -1846,8 +1846,19 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(text_data, tmp_path):
     run = command("train.py", *flags, background=True)
     wait_for(run, tmp_path / "metrics.jsonl", lines=2)
     run.stdout.close()
-    run.wait(timeout=100)
+    assert run.wait(timeout=100) == 0
     assert train.load_checkpoint(tmp_path / "ckpt.pt")["step"] == len(read_metrics(tmp_path)) == 60
+
+
+def test_output_held_back_that_nobody_reads_is_no_failure():
+    """As Python holds it back where nothing says PYTHONUNBUFFERED: torchrun would call a run that is done failed."""
+    code = "import command, sys; sys.stdin.read(); command.run_command(lambda: print('text'))"
+    environment = os.environ | dict(PYTHONUNBUFFERED="")
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, env=environment, stdin=subprocess.PIPE,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    run.stdout.close()
+    run.stdin.close()
+    assert (run.wait(timeout=60), run.stderr.read()) == (0, b"")
 
 
 @slow
