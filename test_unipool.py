@@ -1575,6 +1575,9 @@ def test_tensorboard(text_data, tmp_path, monkeypatch, capsys):
     told = {(name, step): value for name, value, step in (call.args for call in board().add_scalar.mock_calls)}
     assert told == {(name, line["step"]): value for line in metrics for name, value in line.items()
                     if not isinstance(value, list)}  # fmt: skip
+    board().add_scalar.side_effect = board().close.side_effect = OSError(28, "No space left on device")
+    run_train(text_data, tmp_path, "--max_steps=2", "--tensorboard")
+    assert capsys.readouterr().out.count("No space left") == 2, "a log that cannot be written does not end a run"
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     fails(capsys, train.main, [f"--out_dir={tmp_path}", "--tensorboard"], "--tensorboard", "pip install tensorboard",
           touching=tmp_path)  # fmt: skip

@@ -747,11 +747,11 @@ def run(argv, at_end):
             if is_main:
                 try:
                     add_metrics(metrics_path, line)
-                except BadInput as error:
+                    for name, value in line.items() if board else ():
+                        if not isinstance(value, list):
+                            board.add_scalar(name, value, step)
+                except (BadInput, OSError) as error:  # OSError: what went wrong in TensorBoard's thread
                     say(f"warning: step {step}: {error}")
-                for name, value in line.items() if board else ():
-                    if not isinstance(value, list):
-                        board.add_scalar(name, value, step)
                 bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
                 if evaluating:
                     shown = ", ".join(f"{name} {line[name]:.5g}" for name in SHOWN if name in line)
@@ -780,10 +780,10 @@ def run(argv, at_end):
     # ---- The end
     if writing:
         writing.result()
-    if board:
-        board.close()
     with unheard:
         bar.close()
+        if board:
+            board.close()
     n_skipped, in_a_row = skipped.tolist()
     # The others just end: torchrun would answer their errors by killing this one.
     if is_main and (in_a_row >= MOST_SKIPPED or in_a_row == step - first_step > 0):
