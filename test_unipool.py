@@ -1241,7 +1241,10 @@ def test_thirty_billion_tokens_open_in_a_second_and_take_no_memory(tmp_path):
 
 def test_peak_of_the_gpu_found(monkeypatch):
     """Dense bf16 figures of the makers' data sheets; no guess for a GPU that is not in the list."""
-    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA RTX A1000": None, "Tesla T4": None}
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA RTX A1000": None, "Tesla T4": None,
+             "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA GeForce RTX 4090": 165e12,
+             "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 4090 D": None,
+             "NVIDIA GeForce RTX 3090 Ti": None, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None}  # fmt: skip
     for name, flops in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert train.peak_flops(torch.device("cuda")) == flops, name

@@ -310,15 +310,16 @@ def whole(tensor):
 
 # Dense bf16 FLOP/s from the makers' data sheets; the first name found in the GPU's own counts.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 
 def peak_flops(device):
     """FLOP/s of the GPU, or None where it is not known (then there is no MFU)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+    another = r"\b(?! Ti| D| Laptop|.* MIG)"  # GPUs with these words behind the name have other figures
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if re.search(rf"\b{gpu}{another}", name)), None)
 
 
 def pool_utilisation(usage, n_pool):
