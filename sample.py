@@ -13,7 +13,7 @@ import torch
 
 from command import BadInput, Parser, run_command
 from prepare_pile import get_tokenizer
-from train import find_device, load_checkpoint, load_model
+from train import Settings, find_device, load_checkpoint, load_model
 
 
 def read_prompt(prompt):
@@ -32,7 +32,7 @@ def read_prompt(prompt):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--out_dir", default="out", help="folder of the run (%(default)s)")
+    parser.add_argument("--out_dir", default=Settings.out_dir, help="folder of the run (%(default)s)")
     parser.add_argument("--ckpt", default="ckpt.pt", help="checkpoint in it: ckpt.pt, ckpt-1.pt, best.pt (%(default)s)")
     parser.add_argument("--prompt", help="text to go on from; - reads it from standard input (the start of a document)")
     parser.add_argument("--num_samples", type=int, default=3, help="how many (%(default)s)")

@@ -1936,7 +1936,7 @@ def test_a_model_without_room(text_data, capsys, tmp_path):
     "--keep=1000", "--n_pool=1 --arch=vanilla", "--min_lr=0.1 --lr=0.01",
     # what would change nothing is not accepted in silence
     "--router=norm --arch=dense", "--top_k=1 --arch=dense", "--n_pool=1 --arch=dense", "--balance_coef=1 --arch=dense",
-    "--bias_rate=0.1", "--balance_coef=0.1 --balance=none",
+    "--bias_rate=0.1", "--balance_coef=0.1 --balance=none", "--balance_coef=1 --n_expert=0", "--top_k=1 --n_expert=0",
     "--lock=1", "--lock=0.001", "--lock=0.5 --lock_random", "--lock=0.5 --n_pool=2", "--lock=0.5 --router=softmax",
     "--lock=0.5 --balance=layer", "--lock=0.5 --n_expert=30", "--lock=0.5 --n_expert=8 --top_k=3",
 ])  # fmt: skip

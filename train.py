@@ -134,13 +134,14 @@ def settle(given, saved):
                 raise BadInput(f"--{name}={given[name]}, but the checkpoint was trained with {name}={fixed[name]}: "
                                "leave the flag out, or start a new run in another --out_dir")  # fmt: skip
         settings, config = Settings(**(saved["settings"] | own_flags)), UniPoolConfig(**saved["config"])
+    dense = config.n_expert == 0
     # flag: whether it changes nothing here
-    idle = dict(bias_rate=config.balance != "bias", balance_coef=BALANCES[config.balance] is None)
-    idle |= dict.fromkeys(("router", "top_k", "n_pool", "balance", "one_pass"), config.n_expert == 0)
+    idle = dict(bias_rate=config.balance != "bias", balance_coef=dense or BALANCES[config.balance] is None)
+    idle |= dict.fromkeys(("router", "top_k", "n_pool", "balance", "one_pass"), dense)
     for name in idle.keys() & given.keys():
         if idle[name]:
-            raise BadInput(f"--{name}={given[name]} changes nothing with --arch={settings.arch} and "
-                           f"--balance={config.balance}: leave it out")  # fmt: skip
+            raise BadInput(f"--{name}={given[name]} changes nothing with --arch={settings.arch}, "
+                           f"--n_expert={config.n_expert} and --balance={config.balance}: leave it out")  # fmt: skip
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata["low"], f.metadata["high"]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value < high:
