@@ -258,7 +258,6 @@ def find_data(settings, device):
         if first_here:
             with contextlib.suppress(Taken):  # another run makes it, or just has
                 prepare(["stdlib"])
-                break
         time.sleep(0.1)
     return data_dir
 
@@ -458,14 +457,12 @@ def restore(model, optimizer, saved, path):
         group.update(settings)
 
 
-def snapshot(model, optimizer, in_use):
-    """{"model", "optimizer"}: whole tensors on the CPU, in the first process; all others must call it too, and get {}.
-
-    in_use: training goes on, so what is on the CPU already must be copied.
-    """
+def snapshot(model, optimizer):
+    """{"model", "optimizer"}: whole tensors on the CPU, in the first process; all others must call it too and get {}."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options)))
-    return copy.deepcopy(state) if in_use and next(model.parameters()).device.type == "cpu" else state
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return copy.deepcopy(state) if on_cpu else state  # not the tensors themselves, which training goes on to change
 
 
 def save_checkpoint(out_dir, contents, keep, is_best):
@@ -553,7 +550,7 @@ def run(argv, at_end):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise BadInput("--tensorboard needs a package: pip install tensorboard") from None
-    data_dir = settings.data_dir = str(find_data(settings, device))
+    data_dir = settings.data_dir = find_data(settings, device)
     meta = read_meta(data_dir, config.vocab_size)
     if resuming:
         check_tokenizer(data_dir, meta, saved, ckpt_path)
@@ -654,7 +651,6 @@ def run(argv, at_end):
 
     # ---- The loop
     validation = settings.eval_tokens, micro_batch_size, rank, world_size, device
-    model.train()
     window_start, window_tokens, warned, stopping = time.perf_counter(), 0, False, False
     while step < settings.max_steps and not stopping:
         if locking and freeze <= step <= locked:
@@ -768,7 +764,7 @@ def run(argv, at_end):
             # snapshot() copies to the CPU's memory; the thread writes while training goes on.
             if writing:  # one copy at a time
                 writing.result()
-            state = snapshot(model, optimizer, not ending)
+            state = snapshot(model, optimizer)
             kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
             state |= dict(config=asdict(config), settings=kept, tokenizer=meta["tokenizer"], step=step, best=best,
                           validated=validated, position=position, rng=torch.get_rng_state(),
