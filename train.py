@@ -458,7 +458,7 @@ def restore(model, optimizer, saved, path):
 
 
 def snapshot(model, optimizer):
-    """{"model", "optimizer"}: whole tensors on the CPU, in the first process; all others must call it too and get {}."""
+    """{"model", "optimizer"}: whole tensors on the CPU, in the first process; all others must call it too, for {}."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options)))
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -645,7 +645,8 @@ def run(argv, at_end):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         at_end.callback(signal.signal, number, signal.signal(number, on_signal) or signal.SIG_DFL)
-    writer, writing = at_end.enter_context(ThreadPoolExecutor(1)), None  # writes checkpoints; what it is at
+    writer = at_end.enter_context(ThreadPoolExecutor(1))  # writes checkpoints
+    writing = writer.submit(lambda: None)  # what it is at
     if is_main and step >= settings.max_steps:
         say(f"nothing to do: step {step} has reached --max_steps={settings.max_steps}; a larger one goes on")
 
@@ -756,15 +757,13 @@ def run(argv, at_end):
                     say(f"step {step}: {shown}")
 
         # ---- What is saved
-        if writing and writing.done():
+        if writing.done():
             writing.result()  # raises what went wrong in the thread
         ending = is_last or stopping
         saving = ending or is_best or settings.ckpt_interval > 0 and step % settings.ckpt_interval == 0
         if saving and skipped[0] < step:
-            # snapshot() copies to the CPU's memory; the thread writes while training goes on.
-            if writing:  # one copy at a time
-                writing.result()
-            state = snapshot(model, optimizer)
+            writing.result()  # one copy at a time
+            state = snapshot(model, optimizer)  # in the CPU's memory; the thread writes while training goes on
             kept = {k: v for k, v in asdict(settings).items() if k not in ("out_dir", "device", "resume")}
             state |= dict(config=asdict(config), settings=kept, tokenizer=meta["tokenizer"], step=step, best=best,
                           validated=validated, position=position, rng=torch.get_rng_state(),
@@ -776,8 +775,7 @@ def run(argv, at_end):
             window_start, window_tokens = time.perf_counter(), 0
 
     # ---- The end
-    if writing:
-        writing.result()
+    writing.result()
     with unheard:
         bar.close()
         if board:
