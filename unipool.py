@@ -555,11 +555,10 @@ class UniPool(nn.Module):
             raise ValueError("idx is empty: generation needs at least one token to start from")
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature={temperature} must not be negative and top_k={top_k} at least 1")
-        block_size = self.config.block_size
-        idx = new = idx[:, -block_size:]  # new: the tokens that the model has not seen yet
-        caches = [[] for _ in self.blocks]
+        new, caches = idx, [[] for _ in self.blocks]  # new: the tokens that are not in the caches yet
         for _ in range(max_new_tokens):
-            x, _, _ = self.trunk(new, caches)
+            fits = idx.size(1) <= self.config.block_size
+            x, _, _ = self.trunk(new, caches) if fits else self.trunk(idx[:, -self.config.block_size :])
             logits = self.head(x[:, -1]).float()[:, :n_vocab]  # (B, V)
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
@@ -571,9 +570,6 @@ class UniPool(nn.Module):
                 new = torch.multinomial(p, 1)
             yield new
             idx = torch.cat([idx, new], dim=1)
-            if idx.size(1) > block_size:
-                idx = new = idx[:, -block_size:]
-                caches = None
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_vocab=None):
         """Continue the prompts idx (B, T): (B, T + max_new_tokens). The arguments are those of `stream`."""
