@@ -132,7 +132,7 @@ def rope_table(block_size, head_dim, base):
 def apply_rope(x, rope):
     """Turn the pairs (x_i, x_{i + D/2}) by their position's angles. x: (B, heads, T, D); rope: (2, T, D/2)."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each; times fp32, bf16 too is computed in fp32
+    a, b = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each; rope is fp32, so bf16 is turned in fp32
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
@@ -189,7 +189,7 @@ class Router(nn.Module):
         """x: (N, C) -> gates (N, k) fp32, experts (N, k) int64, scores (N, M) fp32, computed in fp32 throughout."""
         with torch.autocast(x.device.type, enabled=False):
             scores = self.score(F.linear(x.float(), self.weight.float())) * self.seen  # (N, M)
-        choices = scores + self.bias.masked_fill(self.seen == 0, -math.inf)
+        choices = scores + self.bias.masked_fill(self.seen == 0, -math.inf)  # a score of 0 could still be among k best
         experts = choices.topk(self.top_k, dim=-1).indices  # (N, k)
         return scores.gather(-1, experts), experts, scores  # the gate is the score itself, not normalised again
 
@@ -213,6 +213,18 @@ class NormRouter(Router):
         return self.sigma * self.c * F.relu(z / (z.norm(dim=-1, keepdim=True) + self.eps))  # Eq. 7
 
 
+@functools.cache
+def norm_router_scale(n_expert, top_k):
+    """The constant c of NormRouter (Eq. 12): E[ 1 / ||top-k of ReLU(x / ||x||)||_2 ], x ~ N(0, I_M), over fixed draws.
+
+    With few experts a draw's norm can be 0, or close to it. Draws of norm 0 are left out, and the others count as at
+    least a tenth of sqrt(k/M), the norm of k entries of average size. From M = 24 on neither happens.
+    """
+    x = torch.randn(2**15, n_expert, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
+    norm = F.relu(F.normalize(x)).topk(top_k).values.norm(dim=1)  # (draws,)
+    return (1 / norm[norm > 0].clamp(min=0.1 * math.sqrt(top_k / n_expert))).mean().item()
+
+
 class SoftmaxRouter(Router):
     """The baseline: scores are probabilities over the experts (softmax before top-k)."""
 
@@ -230,18 +242,6 @@ class SigmoidRouter(Router):
 
 
 ROUTERS = {"norm": NormRouter, "softmax": SoftmaxRouter, "sigmoid": SigmoidRouter}
-
-
-@functools.cache
-def norm_router_scale(n_expert, top_k):
-    """The constant c of NormRouter (Eq. 12): E[ 1 / ||top-k of ReLU(x / ||x||)||_2 ], x ~ N(0, I_M), over fixed draws.
-
-    The norm can be 0 or next to it: draws without a positive entry are left out, and it counts as at least a tenth of
-    sqrt(k/M), that of k entries of average size. From M = 24 on this touches no draw.
-    """
-    x = torch.randn(2**15, n_expert, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
-    norm = F.relu(F.normalize(x)).topk(top_k).values.norm(dim=1)  # (draws,)
-    return (1 / norm[norm > 0].clamp(min=0.1 * math.sqrt(top_k / n_expert))).mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,8 +353,8 @@ def cardinality_loss(P, n_owned):
 def assign_experts(usage):
     """Which layer owns which expert. usage: (L, M), the f of each layer -> owned (L, M) bool.
 
-    Each layer gets M / L experts and each expert one layer, so that what layers send to their own is the most possible:
-    a balanced assignment problem, in which each layer stands for M / L rows.
+    Each layer gets M / L experts and each expert one layer, such that the most pairs possible go to a layer's own: a
+    balanced assignment problem, in which each layer stands for M / L rows.
     """
     L, M = usage.shape
     _, expert = linear_sum_assignment(usage.cpu().double().repeat_interleave(M // L, dim=0), maximize=True)  # (M,)
@@ -442,7 +442,7 @@ class UniPool(nn.Module):
         return model.to(device).eval()
 
     def init_weights(self):
-        """N(0, init_std); the projections that write to the residual stream get init_std / sqrt(2L). Vectors stay 1."""
+        """N(0, init_std); what writes to the residual stream gets init_std / sqrt(2L). Vectors stay as made."""
         std = self.config.init_std
         for name, p in self.named_parameters():
             if name.endswith(("attention.out.weight", "down", "down.weight")):
@@ -513,15 +513,15 @@ class UniPool(nn.Module):
         owned: (L, M) bool, as assign_experts gives it. The norm in Eq. 7 stays that of all M logits, so that no score
         jumps; at progress 1 those experts are never chosen.
         """
-        # Once it has begun, below 1 in fp32 too: train.py --resume reads from seen == 1 who owns what.
-        fading = min((1 + math.cos(math.pi * progress)) / 2, 1 - 2**-24 * (progress > 0))
+        # Below 1 in fp32 too, be the step ever so small: train.py --resume reads from seen == 1 who owns what.
+        fading = min((1 + math.cos(math.pi * progress)) / 2, 1 - 2**-24) if progress else 1.0
         for block, own in zip(self.blocks, owned):
             block.router.seen.copy_(torch.where(own, 1.0, fading))
 
     @torch.no_grad()
     def update_bias(self, usage):
         """For balance="bias", after each step: move each bias towards an even load of its layer. usage: f (L, M)."""
-        for block, f in zip(self.blocks if self.pools else [], usage):
+        for block, f in zip(self.blocks, usage):
             block.router.bias += self.config.bias_rate * torch.sign(f.mean() - f)
 
     def num_params(self, active=False):
@@ -599,7 +599,7 @@ def one_token_ffn(x, gates, experts, weights):
 
 
 class Reorder(torch.autograd.Function):
-    """rows[order], with the inverse permutation for the way back: autograd's own backward adds up where this moves."""
+    """rows[order], a permutation. Its backward is dy[inverse], where that of rows[order] would add up into zeros."""
 
     @staticmethod
     def forward(ctx, rows, order, inverse):
@@ -699,7 +699,7 @@ def sum_of_products(records):
 
 class HandOut(torch.autograd.Function):
     """Hands a weight of the pool, cast once, to layers. The ctx here is the result's grad_fn: there GroupedLinear finds
-    `gradient`. It returns none itself, but autograd still runs this backward after all of theirs.
+    `gradient`. GroupedLinear returns None for the weight, but autograd still runs this backward after all of theirs.
     """
 
     @staticmethod
@@ -724,7 +724,7 @@ def grouped_linear(rows, weight, ends):
     return GroupedLinear.apply(rows, handed_out, ends)
 
 
-class GroupedLinear(torch.autograd.Function):
+class GroupedLinear(torch.autograd.Function):  # what the weight's gradient is made of goes to its PoolGradient
     @staticmethod
     def forward(ctx, rows, weight, ends):
         ctx.save_for_backward(rows, weight, ends)
@@ -765,7 +765,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             log_p = (x_i @ w.t()).float().log_softmax(dim=-1)
             loss = loss - (share * log_p.gather(1, target)).sum()  # torch 2.11 miscompiles `-=` here
             if training:
-                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(share)).to(dtype)  # times 1 / share
+                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(share)).to(dtype)  # but for share
                 dx[i : i + LOSS_CHUNK] = (d_logits @ w) * share
                 dw += d_logits.t() @ (x_i * share).to(dtype)
             log_p = d_logits = None  # before the next chunk makes its own
