@@ -679,6 +679,7 @@ def run(argv, at_end):
             (loss / accumulation).backward()
             losses += torch.stack([out.loss.detach(), out.balance_loss.detach()]) / accumulation
             routing = routing + torch.stack([out.usage, out.mean_scores.detach()]) / accumulation
+            del out, loss  # else the graph would hold the pool's cast weights until the next step has made its own
             for pool in model.pools:
                 pool.keep_copies = not last  # the next micro-batch finds the same weights
         if world_size > 1:
