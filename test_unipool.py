@@ -775,10 +775,10 @@ def test_sampling_follows_temperature_top_k_and_vocabulary():
     logits = model(idx[:1]).logits[0, -1]
     torch.manual_seed(0)
     drawn = model.generate(idx, 1, temperature=0.5)[:, -1].bincount(minlength=40) / 4000
-    off = (drawn - (logits / 0.5).softmax(dim=0)).abs().max()
-    assert off < 5 * math.sqrt(0.25 / 4000), "frequencies must follow the softmax"
+    p = (logits / 0.5).softmax(dim=0)
+    assert ((drawn - p).abs() < 5 * (p / 4000).sqrt()).all(), "frequencies must follow the softmax"
     best = set(logits.topk(3).indices.tolist())
-    assert set(model.generate(idx, 1, top_k=3)[:, -1].tolist()) <= best
+    assert set(model.generate(idx, 1, top_k=3)[:, -1].tolist()) == best
     for temperature in (1e-300, 1e-45, 1e30, math.inf):
         assert model.generate(idx[:2], 1, temperature=temperature).max() < 40
         assert set(model.generate(idx[:500], 1, temperature=temperature, top_k=3)[:, -1].tolist()) <= best
@@ -986,9 +986,8 @@ def test_plain_text_is_cut_into_small_documents(end, tmp_path):
     (tmp_path / "book.txt").write_text("\ufeff" + text, newline="")
     meta = prepared(tmp_path / "book.txt", tmp_path / "data")
     pieces = [text for split in ("train", "val") for text in documents_of(tmp_path / "data", split)]
-    assert meta["val_documents"] > 0 and sorted(map(text.index, pieces)), "each is a part of the text"
-    assert sum(map(len, pieces)) == len(text) and max(map(len, pieces)) <= 2 * 4096
-    assert sum(not piece.endswith(end) for piece in pieces) == 0
+    assert meta["val_documents"] > 0 and "".join(sorted(pieces, key=text.index)) == text, "nothing is lost or doubled"
+    assert max(map(len, pieces)) <= 2 * 4096 and all(piece.endswith(end) for piece in pieces)
     assert len(list(prepare_pile.read_text(tmp_path / "book.txt", SOURCES["stdlib"]["piece"]))) == 1
 
 
@@ -1236,7 +1235,7 @@ def test_thirty_billion_tokens_open_in_a_second_and_take_no_memory(tmp_path):
     for start in (100, 200):
         data.sequences(indices[start : start + 100])
     grown = (resident() - before) / 2**20
-    assert grown < 2, f"grown by {grown:.0f} MiB; maps that stay grow by 4 KiB a sequence or more"
+    assert grown < 0.5, f"grown by {grown:.1f} MiB; maps that stay grow by 4 KiB a sequence or more, 0.8 MiB in all"
 
 
 def test_peak_of_the_gpu_found(monkeypatch):
@@ -1763,10 +1762,14 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(text_data, tmp_
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_metrics_on_a_full_disk(tmp_path):
-    os.symlink("/dev/full", tmp_path / "metrics.jsonl")
-    with pytest.raises(BadInput, match="metrics.jsonl cannot be written.*No space left"):
-        train.add_metrics(tmp_path / "metrics.jsonl", dict(step=1))
+def test_metrics_on_a_full_disk_are_told_and_the_run_goes_on(text_data, tmp_path, monkeypatch, capsys):
+    full = tmp_path / "metrics.jsonl"
+    at_each_step(monkeypatch, lambda step: step == 1 and (full.unlink(), full.symlink_to("/dev/full")))
+    at_each_step(monkeypatch, lambda step: step == 2 and full.unlink())
+    checkpoint, metrics = run_train(text_data, tmp_path, "--max_steps=3")
+    assert checkpoint["step"] == 3 and [line["step"] for line in metrics] == [3]
+    told = re.findall(r"warning: step (\d): .*metrics.jsonl cannot be written .No space", capsys.readouterr().out)
+    assert told == ["2"]
 
 
 @pytest.mark.parametrize("harm", [os.unlink, lambda path: os.truncate(path, 100)], ids=["vanished", "cut short"])
