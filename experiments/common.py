@@ -74,8 +74,8 @@ def at_least(low, kind=int):
 
 def machine(device):
     """What a figure needs beside it to be worth anything: CPU, threads, GPU, versions, the commit of this code."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                            text=True)  # fmt: skip
+    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,  # maybe without git
+                            capture_output=True, text=True)  # fmt: skip
     path = Path("/proc/cpuinfo")
     cpus = re.findall(r"model name\s*: (.+)", path.read_text()) if path.exists() else []
     cpu = f"{len(cpus)} x {cpus[0]}" if cpus else platform.processor()
