@@ -126,21 +126,21 @@ def choose_runs(groups, seeds, given, folder):
 
 
 def train_all(runs, jobs, nproc=1):
-    """Train what is not done, `jobs` at a time, each in nproc processes; returns what machine() says before.
-
-    Raises BadInput when one fails; the others then save and end.
+    """Train what is not done, `jobs` at a time, each in nproc processes; returns what machine() says before, but
+    with the threads of one of these. Raises BadInput when one fails; the others then save and end.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and runs[0].settings.device != "cpu"
     if jobs > 1 and on_gpu:
         raise BadInput(f"--jobs={jobs}: on GPUs start several commands, each with its own CUDA_VISIBLE_DEVICES")
     about = machine(torch.device("cuda" if on_gpu else "cpu"))
+    about["threads"] = max(1, about["threads"] // (jobs * nproc))  # of each process
     for run in runs:
         run.check()
     waiting = [run for run in runs if not read_record(run.folder).get("done")]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", file=sys.stderr)
     running = {}  # slot: (run, process)
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // (jobs * nproc)))} if jobs > 1 else {}
+    environment = os.environ | dict(OMP_NUM_THREADS=str(about["threads"]))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, as Ctrl-C
     steps = {run.folder: run.step() for run in waiting}
     bar = tqdm(total=sum(run.settings.max_steps for run in waiting), initial=sum(steps.values()), unit="step",
@@ -150,7 +150,7 @@ def train_all(runs, jobs, nproc=1):
             for slot in range(jobs):
                 if slot not in running and waiting:
                     run = waiting.pop(0)
-                    running[slot] = run, run.start(nproc, os.environ | threads, about)
+                    running[slot] = run, run.start(nproc, environment, about)
             time.sleep(0.5)
             for slot, (run, process) in list(running.items()):
                 status = process.poll()
