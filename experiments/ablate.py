@@ -56,15 +56,22 @@ def write_record(folder, record):
 
 
 class Run:
-    """One method with one seed: its flags (as parse_flags gives them), its folder, and how far it is.
+    """One method with one seed: its flags, its folder, and how far it is.
 
+    given: the flags of all runs of an experiment, as parse_flags gives them; own: those of this one beside its seed.
     program: train.py, or what takes its place in the command line. Raises BadInput for bad flags.
     """
 
-    def __init__(self, name, seed, flags, folder, program=TRAIN):
-        self.name, self.seed, self.flags, self.program = name, seed, flags | dict(seed=seed), program
+    def __init__(self, name, seed, given, own, folder, program=TRAIN):
+        for flag in given:
+            if flag in ("seed", "out_dir", "resume", *own):
+                raise BadInput(f"--{flag}={given[flag]} differs from run to run: leave it out (--help lists what sets "
+                               "it, as --seeds and --runs)")  # fmt: skip
+        self.name, self.seed, self.flags, self.program = name, seed, given | own | dict(seed=seed), program
         self.folder = folder / f"{name}-{seed}"
         self.settings, self.config = settle(self.flags, None)
+        if not self.settings.eval_interval:
+            raise BadInput("--eval_interval=0: without validations there is nothing to compare: give steps")
 
     def check(self):
         """Raise BadInput if the folder holds something else than this run."""
@@ -106,9 +113,9 @@ def choose_runs(groups, seeds, given, folder):
 
     given: the flags of all of them, as parse_flags gives them.
     """
-    for name in ("arch", "seed", "out_dir", "resume", "lock", "lock_random", *ROUTING):
+    for name in ("lock", "lock_random", *ROUTING):
         if name in given:
-            raise BadInput(f"--{name}={given[name]} belongs to the method or the run: give --methods, --seeds, --runs")
+            raise BadInput(f"--{name}={given[name]} belongs to the method: give --methods")
     n_layer, flags = settle(given, None)[1].n_layer, {}
     for name in [name for group in groups for name in GROUPS.get(group, [group])]:
         if name not in methods(n_layer):
@@ -117,12 +124,12 @@ def choose_runs(groups, seeds, given, folder):
         n_pool = method.flags.get("n_pool", 1)
         if n_pool == 1 or (n_pool < n_layer and n_layer % n_pool == 0):
             lock = dict(lock=0.2) if "lock" in method.lock and given.get("scale", "tiny") == "tiny" else method.lock
-            flags[name] = given | dict(arch=method.arch) | method.flags | lock
+            flags[name] = dict(arch=method.arch) | method.flags | lock
         else:
             print(f"{name} is left out: {n_pool} pools do not share {n_layer} layers evenly", file=sys.stderr)
     if not flags:
         raise BadInput(f"--methods={' '.join(groups)}: none of them fits {n_layer} layers")
-    return [Run(name, seed, flags[name], folder) for seed in dict.fromkeys(seeds) for name in flags]
+    return [Run(name, seed, given, flags[name], folder) for seed in dict.fromkeys(seeds) for name in flags]
 
 
 def train_all(runs, jobs, nproc=1):

@@ -91,12 +91,12 @@ def main(argv=None):
     parser.add_argument("--coefs", type=float, nargs="+", default=[0, 0.001, 0.01, 0.1, 1], help="(0 0.001 ... 1)")
     parser.add_argument("--tokens", type=at_least(1), default=2**16, help="of the validation split (%(default)s)")
     args, rest = parser.parse_known_args(argv)
-    given, runs, results = train.parse_flags(rest), {}, {}
+    given, runs, results = dict(keep=1) | train.parse_flags(rest), {}, {}
     for seed in args.seeds:
         for coef in args.coefs:
             for phantom in WAYS if coef else [False]:  # without the loss f changes nothing
-                name, flags = f"{coef:g}-{'phantom' if phantom else 'served'}", dict(balance_coef=coef, keep=1)
-                runs[coef, phantom, seed] = Run(name, seed, given | flags, Path(args.runs), PROGRAMS[phantom])
+                name, own = f"{coef:g}-{'phantom' if phantom else 'served'}", dict(balance_coef=coef)
+                runs[coef, phantom, seed] = Run(name, seed, given, own, Path(args.runs), PROGRAMS[phantom])
     about = train_all(list(runs.values()), args.jobs)
     for (coef, phantom, seed), run in tqdm(runs.items(), unit="run"):
         results.setdefault((coef, phantom), {})[seed] = figures_of(run, args.tokens)

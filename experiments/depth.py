@@ -56,7 +56,7 @@ def main(argv=None):
         for L in args.depths:
             for name in METHODS:
                 own = dict(arch=name, n_layer=L) | (dict(n_expert=POOL) if name == "unipool" else {})
-                runs[name, L, seed] = Run(f"{name}-{L}", seed, given | own, Path(args.runs))
+                runs[name, L, seed] = Run(f"{name}-{L}", seed, given, own, Path(args.runs))
     about = train_all(list(runs.values()), args.jobs)
     results, parameters = {}, {}
     for (name, L, seed), run in runs.items():
