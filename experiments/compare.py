@@ -92,8 +92,8 @@ def label_of(checkpoint, folder):
 
 
 # Flags that differ between runs of one method: what they learn does not depend on these, up to rounding and chance.
-NO_DIFFERENCE = {"seed", "data_dir", "max_steps", "micro_batch_size", "eval_interval", "eval_tokens", "ckpt_interval",
-                 "keep", "log_interval", "tensorboard", "compile", "recompute", "one_pass", "shard"}  # fmt: skip
+NO_DIFFERENCE = {"seed", "max_steps", "micro_batch_size", "eval_interval", "eval_tokens", "ckpt_interval", "keep",
+                 "log_interval", "tensorboard", "compile", "recompute", "one_pass", "shard"}  # fmt: skip
 
 
 def labels_of(folders):
@@ -148,6 +148,7 @@ def draw_curves(ax, curves, key):
     for label, runs in curves.items():
         tokens = sorted(set.intersection(*map(set, runs)))
         if not tokens:
+            print(f"{label} is not drawn: its runs have no step in common", file=sys.stderr)
             continue
         values = np.array([[run[x] for x in tokens] for run in runs])  # (runs, points)
         xs, means, colour = np.array(tokens) / scale, values.mean(axis=0), colour_of(label, list(curves))
@@ -156,14 +157,13 @@ def draw_curves(ax, curves, key):
             alpha = 0.2 if len(curves) < 6 else 0.08
             ax.fill_between(xs, values.min(axis=0), values.max(axis=0), color=colour, lw=0, alpha=alpha)
         beginnings.append((xs[len(xs) // 6], means[len(xs) // 6]))
-    left = min(ax.dataLim.intervalx)
-    if key.endswith("loss") and key != "balance_loss":  # the first steps, from ln V down, would flatten all the rest
+    if beginnings:
+        ax.set_xlim(left=min(ax.dataLim.intervalx))
+    if beginnings and key in ("train_loss", "val_loss"):  # the first steps, from ln V down, would flatten all the rest
         lefts, tops = zip(*beginnings)
         low, top = min(ax.dataLim.intervaly), max(tops)
         if top > low:
-            left = min(lefts)
-            ax.set_ylim(low - 0.04 * (top - low), top + 0.04 * (top - low))
-    ax.set_xlim(left=left)
+            ax.set(xlim=(min(lefts), None), ylim=(low - 0.04 * (top - low), top + 0.04 * (top - low)))
     name = "validation loss, nats per token" if key == "val_loss" else key
     ax.set(xlabel=f"{unit}training tokens", ylabel=name)
     ax.grid()
@@ -180,7 +180,8 @@ def main(argv=None):
         lines, label = read_metrics(folder), labels[folder]
         points = curve(lines, args.key)
         if not points:
-            raise BadInput(f"--key={args.key}: not in {folder}/metrics.jsonl, which has {', '.join(lines[-1])}")
+            keys = ", ".join(key for key in lines[-1] if curve(lines, key))
+            raise BadInput(f"--key={args.key}: no number in {folder}/metrics.jsonl; there are {keys}")
         tokens, values = zip(*points.items())
         step = next(line["step"] for line in lines if line["tokens"] == tokens[-1])
         rows.append([label, folder, f"{step:,}", f"{values[-1]:.4f}", f"{min(values):.4f}"])
@@ -190,8 +191,9 @@ def main(argv=None):
         curves.setdefault(label, []).append(dict(zip(tokens, values)))
     print(markdown(["", "run", "step", f"{args.key} then", "lowest"], rows))
     fig = Figure(figsize=(7, 4))
-    draw_curves(fig.subplots(), curves, args.key)
-    fig.legend(loc="outside lower center", ncols=3)
+    ax = fig.subplots()
+    draw_curves(ax, curves, args.key)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     try:
         fig.savefig(args.out)
     except (OSError, ValueError) as error:  # ValueError: no such kind of picture
