@@ -71,7 +71,7 @@ def routing_statistics(config, experts, gates, score_sums):
     missed = (1 - served * k / M).view(config.n_pool, -1).prod(dim=1)  # (n_pool,)
     visits = served.sum().item() * k  # that serve a token, on average
     own = torch.stack([f[l, i : i + M] for l, i in enumerate(first)])  # (L, M)
-    return dict(
+    figures = dict(
         utilisation=train.pool_utilisation(own, config.n_pool)[0],
         dead_experts=int((load == 0).sum()),
         load=load.tolist(),
@@ -83,6 +83,10 @@ def routing_statistics(config, experts, gates, score_sums):
         gate_sum=gates.double().sum(dim=2).mean(dim=1).tolist(),
         shares=shares.tolist(),
     )
+    if config.n_pool == 1 and n_expert % L == 0:
+        owned = assign_experts(f)  # as --lock does; of a locked model those that it has, which serve all
+        figures |= dict(owner=owned.int().argmax(dim=0).tolist(), covered=(shares * owned).sum(dim=1).tolist())
+    return figures
 
 
 def load_run(path, device, data_dir=None):
@@ -123,11 +127,6 @@ def measure(model, data, indices, device, bar):
     experts, gates, score_sums = (torch.stack(tensors) for tensors in zip(*of_layers))
     figures = dict(tokens=len(indices) * data.block_size, loss=loss, accuracy=accuracy)
     figures |= routing_statistics(model.config, experts, gates, score_sums)
-    if model.config.n_pool == 1 and model.config.n_expert % model.config.n_layer == 0:
-        shares = torch.tensor(figures["shares"])
-        owned = assign_experts(shares)  # of a locked model those that it has, which serve all
-        figures["owner"] = owned.int().argmax(dim=0).tolist()
-        figures["covered"] = (shares * owned).sum(dim=1).tolist()
     if model.config.router == "norm":
         figures["sigma"] = [block.router.router.sigma.item() for block in model.blocks]
     return figures
