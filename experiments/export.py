@@ -35,7 +35,7 @@ def to_vanilla(config, state):
     """
     L, M, K = config.n_layer, config.experts_per_pool, config.n_expert // config.n_layer
     owned = [state[f"blocks.{l}.router.seen"].nonzero()[:, 0] for l in range(L if config.n_expert else 0)]
-    if config.n_pool != 1 or any(len(own) != K for own in owned):
+    if config.n_pool != 1 or not owned or any(len(own) != K for own in owned):
         raise BadInput("--format=vanilla: layers do not own their experts: train with --lock, to its end")
     ours = {name: tensor for name, tensor in state.items() if not name.startswith("pools.")}
     scale = norm_router_scale(M, config.top_k) / norm_router_scale(K, config.top_k)
