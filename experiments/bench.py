@@ -227,7 +227,7 @@ def bench_train(device, args):
     return {shape: bench_shape(shape, device, args) for shape in shapes}
 
 
-def draw_train(results, where):
+def draw_train(results, args, about):
     """Speed of each variant as a share of the dense model's, shape by shape."""
     fig = Figure(figsize=(9, 3.8))
     ax = fig.subplots()
@@ -238,7 +238,9 @@ def draw_train(results, where):
         bars = ax.bar(xs, median, 0.16, yerr=[median - low, high - median], color=colour, label=name)
         ax.bar_label(bars, fmt="%.2f", label_type="center", fontsize=6)
     ax.set_xticks(range(len(results)), [shape.replace(":", "\n") + " tokens" for shape in results], fontsize=8)
-    ax.set(ylabel="tokens per second, dense = 1", title=f"Training step against the dense twin ({where})")
+    what = "Forward and backward" if args.gradients_only else "Training step"
+    title = f"{what} against the dense twin ({about['gpu'] or about['cpu']})"
+    ax.set(ylabel="tokens per second, dense = 1", title=title)
     fig.legend(loc="outside lower center", ncols=5)
     return fig
 
@@ -288,7 +290,7 @@ def bench_roofline(device, args):
     return results
 
 
-def draw_roofline(results):
+def draw_roofline(results, args, about):
     fig = Figure(figsize=(9, 4))
     for ax, (title, figures) in zip(fig.subplots(1, len(results), sharex=True, sharey=True), results.items()):
         left = np.zeros(len(figures))
@@ -406,6 +408,7 @@ def bench_prepare(device, args):
 
 PARTS = dict(train=bench_train, generate=bench_generate, roofline=bench_roofline, transformers=bench_transformers,
              prepare=bench_prepare)  # fmt: skip
+PICTURES = dict(train=draw_train, roofline=draw_roofline)
 
 
 def main(argv=None):
@@ -423,8 +426,7 @@ def main(argv=None):
     name, about = args.name, machine(device)  # before results change the working tree, which the commit's name tells
     for part in args.parts:
         results = PARTS[part](device, args)
-        draw = dict(train=lambda r: draw_train(r, about["gpu"] or about["cpu"]), roofline=draw_roofline).get(part)
-        pictures = {"": draw(results)} if draw else {}
+        pictures = {"": PICTURES[part](results, args, about)} if part in PICTURES else {}
         args.name = f"{name}_{part}" + (f"_{device.type}" if part != "roofline" else "")
         save(args, about, table(results), pictures, results=results)
 

@@ -70,8 +70,8 @@ def main(argv=None):
         rows.append([name, *sizes[:-1], held["phase"], "yes" if has_room else "no", *sizes[-1:] * cuda])
         results[name] = held
     heads = ["scale, flags", *MADE_IN, "peak", "in", "room in 80 GiB", *["measured"] * cuda]
-    title = (f"GiB of one GPU; {args.gpus} GPUs where --shard; micro-batches of {args.sequences} sequences; simulated, "
-             "not measured")  # fmt: skip
+    title = (f"GiB of one GPU; {args.gpus} GPUs where --shard; micro-batches of {args.sequences} sequences; simulated"
+             f"{' (last column: measured)' if cuda else ', not measured'}")  # fmt: skip
     save(args, about, f"{title}\n\n{markdown(heads, rows)}", bytes=results)
 
 
