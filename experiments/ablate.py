@@ -41,20 +41,6 @@ BASELINE = "vanilla"
 TRAIN = [Path(__file__).parent.parent / "train.py"]
 
 
-def read_record(folder):
-    """run.json of a run's folder: its flags, the machine it was started on, and whether it is done; {} without one."""
-    try:
-        return json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def write_record(folder, record):
-    folder.mkdir(parents=True, exist_ok=True)
-    with new_file(folder / "run.json") as file:
-        file.write(json.dumps(record).encode() + b"\n")
-
-
 class Run:
     """One method with one seed: its flags, its folder, and how far it is.
 
@@ -73,9 +59,21 @@ class Run:
         if not self.settings.eval_interval:
             raise BadInput("--eval_interval=0: without validations there is nothing to compare: give steps")
 
+    def record(self):
+        """run.json: its flags, the machine it was last started on, and whether it is done; {} without one."""
+        try:
+            return json.loads((self.folder / "run.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def write_record(self, **record):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with new_file(self.folder / "run.json") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+
     def check(self):
         """Raise BadInput if the folder holds something else than this run."""
-        flags = read_record(self.folder).get("flags")
+        flags = self.record().get("flags")
         never_began = flags is not None and self.step() == 0 and not (self.folder / "ckpt.pt").exists()
         if self.folder.exists() and any(self.folder.iterdir()) and flags != self.flags and not never_began:
             raise BadInput(f"{self.folder}: this run was made by other flags: give another --runs, or delete it")
@@ -88,7 +86,7 @@ class Run:
 
     def start(self, nproc, environment, about):
         """The process that trains it, or goes on with it; what it prints goes to log.txt."""
-        write_record(self.folder, dict(flags=self.flags, machine=about, done=False))
+        self.write_record(flags=self.flags, machine=about, done=False)
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
         flags = [f"--{'' if value else 'no-'}{key}" if isinstance(value, bool) else f"--{key}={value}"
                  for key, value in self.flags.items()]  # fmt: skip
@@ -100,7 +98,7 @@ class Run:
     def end(self, status):
         """Mark the run as done if it is. Raises BadInput with what its log says if it failed."""
         if status == 0 and self.step() >= self.settings.max_steps:
-            write_record(self.folder, read_record(self.folder) | dict(done=True))
+            self.write_record(**self.record() | dict(done=True))
             return
         path = self.folder / "log.txt"
         lines = path.read_text(errors="replace").strip().splitlines() or [f"status {status}"]
@@ -143,7 +141,7 @@ def train_all(runs, jobs, nproc=1):
     about["threads"] = max(1, about["threads"] // (jobs * nproc))  # of each process
     for run in runs:
         run.check()
-    waiting = [run for run in runs if not read_record(run.folder).get("done")]
+    waiting = [run for run in runs if not run.record().get("done")]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done already", file=sys.stderr)
     running = {}  # slot: (run, process)
@@ -177,7 +175,7 @@ def train_all(runs, jobs, nproc=1):
 
 
 def summarise(runs):
-    """{label: figures} of finished runs; differences to the baseline are taken seed by seed."""
+    """{name: figures} of finished runs; those that differ between seeds are {seed: figure}."""
     results = {}
     for run in runs:
         last = read_metrics(run.folder)[-1]
@@ -186,17 +184,29 @@ def summarise(runs):
             continue
         with torch.device("meta"):
             model = UniPool(run.config)
-        label = methods(12)[run.name].label
-        figures = results.setdefault(label, dict(name=run.name, n_expert=run.config.n_expert, val_loss={}))
+        figures = results.setdefault(run.name, dict(name=run.name, n_expert=run.config.n_expert, val_loss={}))
         figures |= dict(parameters=model.num_params(), active_parameters=model.num_params(active=True))
         figures["val_loss"][run.seed] = last["val_loss"]
         if run.config.n_expert:
             figures.setdefault("pool_utilisation", {})[run.seed] = last["pool_utilisation"]
-    baseline = next((f["val_loss"] for f in results.values() if f["name"] == BASELINE), {})
-    for figures in results.values():
-        losses = figures["val_loss"]
-        figures["difference"] = {seed: losses[seed] - baseline[seed] for seed in losses if seed in baseline}
     return results
+
+
+def contents(runs, results):
+    """What the file of results holds, and a title that tells of the runs."""
+    first, seeds = runs[0], sorted({run.seed for run in runs})
+    tokens = first.settings.max_steps * first.settings.batch_size * first.config.block_size
+    title = f"{first.settings.scale}, {tokens / 1e6:,.1f}M tokens, seeds {', '.join(map(str, seeds))}"
+    records = {run.folder.name: run.record() for run in runs}
+    return dict(seeds=seeds, tokens=tokens, results=results, runs=records), title
+
+
+def against_baseline(figures):
+    """summarise()'s figures by the methods' labels, with differences to the baseline, taken seed by seed."""
+    baseline = figures[BASELINE]["val_loss"] if BASELINE in figures else {}
+    for f in figures.values():
+        f["difference"] = {seed: loss - baseline[seed] for seed, loss in f["val_loss"].items() if seed in baseline}
+    return {methods(12)[name].label: f for name, f in figures.items()}
 
 
 def table(results):
@@ -245,24 +255,18 @@ def draw(runs, results, title):
 def main(argv=None):
     parser = RunsParser(__doc__, "ablate_SCALE_METHODS", "runs/SCALE")
     parser.add_argument("--methods", nargs="+", default=["main"], help=f"groups, or any of {', '.join(methods(12))}")
-    parser.add_argument("--list", action="store_true", help="print the groups and methods, and train nothing")
     parser.add_argument("--scale", default="tiny", help="as in train.py (%(default)s)")
     parser.add_argument("--nproc_per_node", type=at_least(1), default=1, help="processes of each (%(default)s)")
     args, flags = parser.parse_known_args(argv)
-    if args.list:
-        print("\n".join(f"{name}: {', '.join(group)}" for name, group in (GROUPS | dict(all=methods(12))).items()))
-        return
     if args.name == parser.get_default("name"):
         args.name = "_".join(["ablate", args.scale, *args.methods])
     folder = Path("runs", args.scale) if args.runs == parser.get_default("runs") else Path(args.runs)
     given = parse_flags([f"--scale={args.scale}", *flags])
     runs = choose_runs(args.methods, args.seeds, given, folder)
     about = train_all(runs, args.jobs, args.nproc_per_node)
-    results, seeds, first = summarise(runs), sorted({run.seed for run in runs}), runs[0]
-    tokens = first.settings.max_steps * first.settings.batch_size * first.config.block_size
-    title = f"{args.scale}, {tokens / 1e6:,.1f}M tokens, seeds {', '.join(map(str, seeds))}"
-    save(args, about, table(results), {"": draw(runs, results, title)}, seeds=seeds, tokens=tokens, results=results,
-         runs={run.folder.name: read_record(run.folder) for run in runs})  # fmt: skip
+    results = against_baseline(summarise(runs))
+    record, title = contents(runs, results)
+    save(args, about, table(results), {"": draw(runs, results, title)}, **record)
 
 
 if __name__ == "__main__":

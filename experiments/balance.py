@@ -18,7 +18,7 @@ from tqdm import tqdm
 import train
 import unipool
 from command import run_command
-from experiments.ablate import TRAIN, Run, read_record, train_all
+from experiments.ablate import TRAIN, Run, train_all
 from experiments.common import RunsParser, at_least, markdown, save, spread
 from experiments.compare import read_metrics
 from experiments.probe import load_run, measure
@@ -49,7 +49,7 @@ def figures_of(run, tokens):
     _, model, data = load_run(run.folder / "ckpt.pt", cpu)
     figures = measure(model, data, train.validation_indices(data, tokens), cpu, tqdm(disable=True))
     figures["logged_utilisation"] = read_metrics(run.folder)[-1]["pool_utilisation"]  # of a step, by the run's own f
-    return figures | dict(trained_at=read_record(run.folder)["machine"]["commit"])
+    return figures | dict(trained_at=run.record()["machine"]["commit"])
 
 
 def table(results, coefs):
