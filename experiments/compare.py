@@ -23,8 +23,6 @@ from train import load_checkpoint
 from unipool import UniPoolConfig
 
 ROUTING = ("n_expert", "n_pool", "top_k", "router", "balance")  # the fields in which methods differ
-
-
 LOCK = 0.03333  # the paper's share of the run; of tiny's, which begins with 18 steps of warm-up, ablate.py takes 0.2
 
 
@@ -80,9 +78,7 @@ def label_of(checkpoint, folder):
     """What the paper calls the method that a checkpoint is an example of; None of them: the run's folder."""
     config, settings = UniPoolConfig(**checkpoint["config"]), checkpoint["settings"]
     for method in methods(config.n_layer).values():
-        if bool(settings["lock"]) != ("lock" in method.lock) or settings["lock_random"] != (
-            "lock_random" in method.lock
-        ):
+        if (bool(settings["lock"]), settings["lock_random"]) != ("lock" in method.lock, "lock_random" in method.lock):
             continue
         with contextlib.suppress(ValueError):  # G = 6 pools for 4 layers
             example = UniPoolConfig.from_scale("182m", method.arch, n_layer=config.n_layer, **method.flags)
@@ -104,21 +100,19 @@ def labels_of(folders):
     labels, settings = {}, {}
     for folder in folders:
         labels[folder], path = str(folder), Path(folder) / "ckpt.pt"
-        if not path.exists():
-            continue
         try:
-            checkpoint = load_checkpoint(path, mmap=True)
+            if path.exists():
+                checkpoint = load_checkpoint(path, mmap=True)
+                labels[folder] = label_of(checkpoint, folder)
+                settings[folder] = checkpoint["settings"] | checkpoint["config"]
         except BadInput as error:
             print(error, file=sys.stderr)
-            continue
-        labels[folder] = label_of(checkpoint, folder)
-        settings[folder] = {k: v for k, v in (checkpoint["settings"] | checkpoint["config"]).items()
-                            if k not in NO_DIFFERENCE}  # fmt: skip
     result = dict(labels)
     for folder, own in settings.items():
         others = [settings[f] for f in settings if labels[f] == labels[folder]]
         differs = [name for name in own if any(other[name] != own[name] for other in others)]
-        result[folder] = ", ".join([labels[folder], *(f"{name}={own[name]}" for name in differs)])
+        differs = [f"{name}={own[name]}" for name in differs if name not in NO_DIFFERENCE]
+        result[folder] = ", ".join([labels[folder], *differs])
     return result
 
 
@@ -142,7 +136,7 @@ def curve(lines, key):
 
 def draw_curves(ax, curves, key):
     """curves: {label: [{tokens: value} of each run]}. Mean and band over the points that all runs of a label have."""
-    longest = max(tokens for runs in curves.values() for run in runs for tokens in run)
+    longest = max((tokens for runs in curves.values() for run in runs for tokens in run), default=0)
     scale, unit = next((s, u) for s, u in ((1e9, "billion "), (1e6, "million "), (1, "")) if longest >= s or s == 1)
     beginnings = []
     for label, runs in curves.items():
