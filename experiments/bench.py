@@ -49,12 +49,11 @@ COLOURS = {"unipool": "tab:blue", "unipool, autograd": "lightsteelblue", "unipoo
            "vanilla": "tab:orange", "dense": "tab:gray"}  # fmt: skip
 
 
-def compare(functions, args, label, amount=None, unit=None, against=()):
+def compare(functions, args, label, amount, unit, against):
     """{name: figures} of {name: function}, which take turns until --steps rounds or --seconds are over.
 
-    The figures are quartiles over the rounds: seconds of a call, units per second where a call does `amount` of them,
-    and how many times as fast it is as each function named in `against`. A function that returns a number has timed
-    itself; others are timed here.
+    The figures are quartiles over the rounds: seconds of a call, units per second, of which a call does `amount`, and
+    how many times as fast it is as each function named in `against`. A function that returns a number has timed itself.
     """
     seconds = {name: [] for name in functions}
     start = time.perf_counter()
@@ -68,12 +67,10 @@ def compare(functions, args, label, amount=None, unit=None, against=()):
                 seconds[name].append(own or time.perf_counter() - began)
     figures = {}
     for name, own in seconds.items():
-        figures[name] = dict(rounds=len(own), seconds=quartiles(own))
-        if amount:
-            figures[name][f"{unit} per second"] = quartiles([amount / s for s in own])
-        for other in against:
-            if other in seconds:
-                figures[name][f"times {other}"] = quartiles([o / s for s, o in zip(own, seconds[other])])
+        figures[name] = {"rounds": len(own), "seconds": quartiles(own),
+                         f"{unit} per second": quartiles([amount / s for s in own])}  # fmt: skip
+        for other in [other for other in against if other in seconds]:
+            figures[name][f"times {other}"] = quartiles([o / s for s, o in zip(own, seconds[other])])
     return figures
 
 
@@ -202,7 +199,7 @@ def make_step(shape, arch, device, gradients_only):
 
 
 def bench_shape(shape, device, args):
-    """A training step of each architecture at one shape, and of UniPool with the pool's gradient left to autograd."""
+    """A training step in each of COLOURS' variants at one shape."""
     gc.collect()  # the models of the shape before
     torch.cuda.empty_cache()
     steps, flops = {}, {}
@@ -210,9 +207,9 @@ def bench_shape(shape, device, args):
         with contextlib.suppress(torch.OutOfMemoryError):
             model, step = make_step(shape, arch, device, args.gradients_only)
             for name in [name for name in COLOURS if name.startswith(arch)]:
-                turn = functools.partial(step, name)
-                turn()
-                steps[name], flops[name] = turn, model.flops_per_token()
+                with contextlib.suppress(torch.OutOfMemoryError):  # of one variant
+                    step(name)
+                    steps[name], flops[name] = functools.partial(step, name), model.flops_per_token()
     tokens, peak = config_of(shape, "unipool")[1], peak_flops(device)
     figures = compare(steps, args, shape, tokens, "tokens", ["dense", "vanilla", "unipool, autograd"])
     for name in figures if peak else []:
