@@ -212,16 +212,11 @@ def against_baseline(figures):
 def table(results):
     rows = []
     for label, f in results.items():
-        compared = f["difference"] and f["name"] != BASELINE
-        rows.append([
-            label,
-            f["n_expert"] or "",
-            f"{f['parameters'] / 1e6:,.2f}M ({f['active_parameters'] / 1e6:,.2f}M)",
-            len(f["val_loss"]),
-            spread(f["val_loss"].values()),
-            spread(f["difference"].values(), "{:+.4f}") if compared else "",
-            f"{statistics.fmean(f['pool_utilisation'].values()):.0%}" if "pool_utilisation" in f else "",
-        ])  # fmt: skip
+        losses = f["val_loss"].values()
+        parameters = f"{f['parameters'] / 1e6:,.2f}M ({f['active_parameters'] / 1e6:,.2f}M)"
+        difference = spread(f["difference"].values(), "{:+.4f}") if f["difference"] and f["name"] != BASELINE else ""
+        used = f"{statistics.fmean(f['pool_utilisation'].values()):.0%}" if "pool_utilisation" in f else ""
+        rows.append([label, f["n_expert"] or "", parameters, len(losses), spread(losses), difference, used])
     return markdown(["method", "experts", "parameters (active)", "seeds", "validation loss", "against vanilla",
                      "pool utilisation, last step"], rows)  # fmt: skip
 

@@ -129,11 +129,8 @@ def from_transformers(theirs, tensors):
         raise ValueError(f"it has {left[0]}, for which a UniPool has no place")
     state |= {name: torch.stack(weights) for name, weights in experts.items()}
     for l in range(n_layer if sparse else 0):
-        router = f"blocks.{l}.router"
-        state |= {
-            f"{router}.bias": torch.zeros(theirs["num_experts"]),
-            f"{router}.seen": torch.ones(theirs["num_experts"]),
-        }
+        state[f"blocks.{l}.router.bias"] = torch.zeros(theirs["num_experts"])
+        state[f"blocks.{l}.router.seen"] = torch.ones(theirs["num_experts"])
     return config, state
 
 
@@ -157,20 +154,18 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", default="out", help="folder of a run (%(default)s)")
     parser.add_argument("--ckpt", default="ckpt.pt", help="checkpoint in it: ckpt.pt, best.pt ... (%(default)s)")
-    parser.add_argument(
-        "--format", choices=["unipool", "transformers", "vanilla"], default="unipool", help="(%(default)s)"
-    )
+    parser.add_argument("--format", choices=["unipool", "transformers", "vanilla"], default="unipool", help="(unipool)")
     parser.add_argument("--out", help="folder to write (RUN/export)")
     args = parser.parse_args(argv)
     if safetensors is None:
         raise BadInput("safetensors is missing: pip install safetensors")
     checkpoint = load_checkpoint(Path(args.run) / args.ckpt, mmap=True)
-    contents, state = dict(model_type="unipool", config=checkpoint["config"]), checkpoint["model"]
+    config, state = UniPoolConfig(**checkpoint["config"]), checkpoint["model"]
     if args.format == "vanilla":
-        config, state = to_vanilla(UniPoolConfig(**checkpoint["config"]), state)
-        contents["config"] = asdict(config)
+        config, state = to_vanilla(config, state)
+    contents = dict(model_type="unipool", config=asdict(config))
     if args.format == "transformers":
-        contents, state = to_transformers(UniPoolConfig(**checkpoint["config"]), state)
+        contents, state = to_transformers(config, state)
     out = Path(args.out or Path(args.run) / "export")
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
