@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -96,8 +97,8 @@ def table(results):
 
 
 def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory(function):
@@ -398,7 +399,8 @@ def bench_prepare(device, args):
         total = megabytes * copies * threads
         figures = compare({"tiktoken alone": alone} | workers, args, "prepare", total, "MB",
                           ["tiktoken alone", "1 worker(s)"])  # fmt: skip
-        for source, size in {"once.jsonl": megabytes, "shard0.jsonl": megabytes * copies}.items():
+        sources = {"once.jsonl": megabytes, "shard0.jsonl": megabytes * copies} if sys.platform == "linux" else {}
+        for source, size in sources.items():
             figures[f"memory for {size:.0f} MB"] = dict(MiB=peak_memory(functools.partial(prepared, source)))
     return {f"{total:.0f} MB in {threads} files, {threads} threads": figures}
 

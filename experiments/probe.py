@@ -106,7 +106,7 @@ def load_run(path, device, data_dir=None):
 @torch.no_grad()
 def evaluate(model, data, indices, device, bar):
     """(cross-entropy in nats per token, share of tokens that are predicted rightly) over the sequences `indices`."""
-    loss, right = torch.zeros(2, dtype=torch.float64, device=device)
+    loss = right = 0.0
     for block in model.blocks:
         block.router.seen = []
     at_once = max(1, TOKENS_AT_ONCE // data.block_size)
@@ -114,10 +114,10 @@ def evaluate(model, data, indices, device, bar):
         x, y = train.read_batch(data, indices[i : i + at_once], device)
         with train.autocast(device):
             out = model(x, y)
-        loss += out.loss.double() * len(x)
-        right += (out.logits.argmax(dim=-1) == y).double().mean(dim=1).sum()
+        loss += out.loss.item() * len(x)
+        right += (out.logits.argmax(dim=-1) == y).sum().item() / data.block_size
         bar.update(x.numel())
-    return loss.item() / len(indices), right.item() / len(indices)
+    return loss / len(indices), right / len(indices)
 
 
 def measure(model, data, indices, device, bar):
