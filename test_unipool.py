@@ -2320,6 +2320,7 @@ def test_ablate_stopped_in_the_middle_goes_on(text_data, tmp_path):
 @pytest.mark.parametrize("flag, named", [
     ("--methods=best", "unipool-67"), ("--methods=g6", "4 layers"), ("--seed=1", "--seeds"), ("--lr=fast", "float"),
     ("--balance=layer", "--methods"), ("--jobs=0", "--jobs: 0"), ("--scale=1b", "182m"),
+    ("--arch=dense", "--arch=dense"), ("--eval_interval=0", "validations"),
 ])  # fmt: skip
 def test_bad_flags_of_ablate(flag, named, capsys, tmp_path):
     flags = [f"--runs={tmp_path / 'runs'}", flag]
@@ -2364,7 +2365,7 @@ def test_only_runs_that_differ_in_their_seed_are_one_method(short_runs, tmp_path
     """Another learning rate is named; a fork's checkpoint, with a field that is unknown here, goes by its folder."""
     runs = {name: torch.load(short_runs / "unipool" / "ckpt.pt") for name in ("a", "b", "c", "faster", "fork")}
     runs["b"]["settings"] |= dict(seed=5, log_interval=7)
-    runs["faster"]["settings"] |= dict(lr=0.25)
+    runs["faster"]["settings"] |= dict(lr=0.25, data_dir="other")
     runs["fork"]["config"] |= dict(n_shared=1)
     for name, checkpoint in runs.items():
         (tmp_path / name).mkdir()
@@ -2372,8 +2373,10 @@ def test_only_runs_that_differ_in_their_seed_are_one_method(short_runs, tmp_path
     names = [str(tmp_path / name) for name in runs]
     labels = list(compare.labels_of(names[:3]).values())
     assert labels == ["UniPool"] * 3, "nothing sets seeds apart"
+    compare.draw_curves(Figure().subplots(), {"UniPool": [{1e6: 3.0}, {2e6: 2.0}]}, "val_loss")
+    assert "UniPool is not drawn" in capsys.readouterr().err, "runs without a step in common"
     *same, faster, fork = compare.labels_of(names).values()
-    assert len(set(same)) == 1 and faster == "UniPool, lr=0.25" != same[0] and fork == names[4]
+    assert len(set(same)) == 1 and faster == "UniPool, data_dir=other, lr=0.25" != same[0] and fork == names[4]
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "n_shared" in error, "one line that says what is unknown"
 
@@ -2425,6 +2428,7 @@ def test_routing_statistics_against_counts(n_pool, top_k, text_data):
     if n_pool == 1:
         own = np.array(figures["owner"]) == np.arange(L)[:, None]
         assert own.sum(axis=1).tolist() == [2] * L
+        assert np.array_equal(own, unipool.assign_experts(torch.tensor(counts))), "by what is served, as --lock"
         assert figures["covered"] == pytest.approx((shares * own).sum(axis=1))
 
 
@@ -2514,7 +2518,7 @@ def test_probe_as_a_command(short_runs, tmp_path, capsys):
     fails(capsys, probe.main, [*runs, "--data_dir=nowhere"], "--data_dir=nowhere", touching=tmp_path)
 
 
-def test_loss_against_depth(text_data, tmp_path):
+def test_loss_against_depth(text_data, tmp_path, capsys):
     layers = [flag for flag in TINY_LAYERS if "n_layer" not in flag]
     depth.main([*layers, f"--data_dir={text_data}", "--max_steps=1", "--depths", "1", "2", "--seeds=1",
                 f"--runs={tmp_path / 'runs'}", f"--results={tmp_path}"])  # fmt: skip
@@ -2526,6 +2530,7 @@ def test_loss_against_depth(text_data, tmp_path):
         assert (config.n_layer, config.n_expert) == (L, 32 if name == "unipool" else 8 * L)
         assert results[f"{name}-{L}"]["val_loss"] == {"1": read_metrics(run)[-1]["val_loss"]}
         assert results[f"{name}-{L}"]["parameters"] == UniPool(config).num_params()
+    fails(capsys, depth.main, [*layers, "--n_layer=3"], "--n_layer=3", touching=tmp_path)
 
 
 def test_study_of_the_balance_loss(text_data, tmp_path, capsys):
@@ -2726,8 +2731,9 @@ def test_transformers_computes_the_same(fields, tmp_path):
 def test_a_locked_model_as_a_vanilla_one():
     """Each layer chooses the same experts; gates differ by the norm, which then runs over the layer's own logits."""
     model, owned = trained_like(small_model()), partition(4, 8)
-    with pytest.raises(BadInput, match="--lock"):
-        export.to_vanilla(model.config, model.state_dict())
+    for unlocked in (model, small_model(n_expert=0)):
+        with pytest.raises(BadInput, match="--lock"):
+            export.to_vanilla(unlocked.config, unlocked.state_dict())
     model.lock(owned, 1)
     config, state = export.to_vanilla(model.config, model.state_dict())
     vanilla = UniPool.from_checkpoint(dict(config=asdict(config), model=state))
