@@ -19,7 +19,7 @@ import train
 import unipool
 from command import run_command
 from experiments.ablate import TRAIN, Run, train_all
-from experiments.common import RunsParser, at_least, markdown, save, spread
+from experiments.common import RunsParser, markdown, save, spread
 from experiments.compare import read_metrics
 from experiments.probe import load_run, measure
 
@@ -43,11 +43,11 @@ def train_with_phantom_load():
 PROGRAMS = {False: TRAIN, True: ["-c", "import experiments.balance as b; b.train_with_phantom_load()"]}
 
 
-def figures_of(run, tokens):
+def figures_of(run):
     """What a finished run does on validation data: {"utilisation", "unserved", "loss", ...}."""
     cpu = torch.device("cpu")
     _, model, data = load_run(run.folder / "ckpt.pt", cpu)
-    figures = measure(model, data, train.validation_indices(data, tokens), cpu, tqdm(disable=True))
+    figures = measure(model, data, train.validation_indices(data, 2**16), cpu, tqdm(disable=True))
     figures["logged_utilisation"] = read_metrics(run.folder)[-1]["pool_utilisation"]  # of a step, by the run's own f
     return figures | dict(trained_at=run.record()["machine"]["commit"])
 
@@ -89,7 +89,6 @@ def draw(results, coefs):
 def main(argv=None):
     parser = RunsParser(__doc__, "balance", "runs/balance")
     parser.add_argument("--coefs", type=float, nargs="+", default=[0, 0.001, 0.01, 0.1, 1], help="(0 0.001 ... 1)")
-    parser.add_argument("--tokens", type=at_least(1), default=2**16, help="of the validation split (%(default)s)")
     args, rest = parser.parse_known_args(argv)
     given, runs, results = dict(keep=1) | train.parse_flags(rest), {}, {}
     for seed in args.seeds:
@@ -99,7 +98,7 @@ def main(argv=None):
                 runs[coef, phantom, seed] = Run(name, seed, given, own, Path(args.runs), PROGRAMS[phantom])
     about = train_all(list(runs.values()), args.jobs)
     for (coef, phantom, seed), run in tqdm(runs.items(), unit="run"):
-        results.setdefault((coef, phantom), {})[seed] = figures_of(run, args.tokens)
+        results.setdefault((coef, phantom), {})[seed] = figures_of(run)
     if 0 in args.coefs:
         results[0, True] = results[0, False]
     named = {f"{coef:g}, {WAYS[phantom][0]}": figures for (coef, phantom), figures in results.items()}

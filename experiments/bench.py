@@ -250,11 +250,11 @@ KINDS = {"products": "tab:blue", "products, waiting for memory": "lightsteelblue
 MOVES = GATHERS | SCATTERS | SORTS | {"masked_fill_", "topk"}
 
 
-def predicted(variant, tokens, scale="182m", sequences=64):
-    """{kind: seconds} of a training step on one H100, not compiled: each operation takes as long as its arithmetic, or
-    as its bytes, whichever is longer. In micro-batches of so many tokens.
+def predicted(variant, tokens, sequences=64):
+    """{kind: seconds} of a step of 182m on one H100, not compiled, in micro-batches of so many tokens: each operation
+    takes as long as its arithmetic, or as its bytes, whichever is longer.
     """
-    config = UniPoolConfig.from_scale(scale, variant.split(",")[0])
+    config = UniPoolConfig.from_scale("182m", variant.split(",")[0])
     per_micro_batch, seconds = tokens // config.block_size, collections.Counter()
     with fake_gpu(config) as (_, watch):
         model, optimizer = prepare_training(config, torch.device("cuda"))
