@@ -56,7 +56,8 @@ class Adapter(TemplateLM):
                 text = self.tokens.decode(context[-8:] + ending[:8])
                 raise BadInput(f"--tasks: an ending of {len(ending)} tokens, near {text!r}, has no score: it must have "
                                f"1 to {most - 1} of its own")  # fmt: skip
-        texts = [torch.tensor((context + ending)[-most:]) for _, context, ending in requests]
+        first = [self.eot_token_id]  # where a context of spaces has become part of the ending
+        texts = [torch.tensor(((context or first) + ending)[-most:]) for _, context, ending in requests]
         cut = sum(len(context) + len(ending) > most for _, context, ending in requests)
         if cut:
             print(f"{cut} of {len(requests)} texts lost their beginning, to fit {most - 1} tokens", file=sys.stderr)
@@ -69,7 +70,7 @@ class Adapter(TemplateLM):
                 logits = self.model(idx[:, :-1]).logits  # (B, T, V)
             for i, tokens, of_text in zip(batch, idx, logits):
                 end = len(texts[i])
-                predicted = slice(max(1, end - len(requests[i][2])), end)  # the tokens of the ending
+                predicted = slice(end - len(requests[i][2]), end)  # the tokens of the ending
                 log_p = of_text[predicted.start - 1 : end - 1].float().log_softmax(dim=-1)  # (n, V)
                 of_ending = log_p.gather(1, tokens[predicted, None]).sum().item()
                 results[i] = of_ending, bool((log_p.argmax(dim=-1) == tokens[predicted]).all())
