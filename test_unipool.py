@@ -2265,7 +2265,8 @@ def test_groups_of_methods_and_pools_that_do_not_fit(tmp_path, capsys):
     assert names(["main", "unipool"], "tiny") == ["dense", "vanilla", "unipool", "unipool-67", "unipool-50"]
     assert names(["table5"], "182m") == list(METHODS_AT_182M)[1:7] + ["g6", "g4", "g2"]
     assert set(names(["granularity"], "182m")) == {"vanilla", "unipool"} | set(list(METHODS_AT_182M)[-4:])
-    capsys.readouterr()
+    ablate.main(["--list"])
+    assert "lock: vanilla, unipool, lock, random\n" in capsys.readouterr().out
     assert "g6" not in names(["table5"], "tiny") and "g6 is left out" in capsys.readouterr().err
     runs = ablate.choose_runs(["unipool-67"], [1], dict(scale="tiny", n_layer=2), tmp_path)
     assert [run.config.n_expert for run in runs] == [11], "two thirds of 8 experts in each of 2 layers"

@@ -250,9 +250,13 @@ def draw(runs, results, title):
 def main(argv=None):
     parser = RunsParser(__doc__, "ablate_SCALE_METHODS", "runs/SCALE")
     parser.add_argument("--methods", nargs="+", default=["main"], help=f"groups, or any of {', '.join(methods(12))}")
+    parser.add_argument("--list", action="store_true", help="print the groups and methods, and train nothing")
     parser.add_argument("--scale", default="tiny", help="as in train.py (%(default)s)")
     parser.add_argument("--nproc_per_node", type=at_least(1), default=1, help="processes of each (%(default)s)")
     args, flags = parser.parse_known_args(argv)
+    if args.list:
+        print("\n".join(f"{name}: {', '.join(group)}" for name, group in (GROUPS | dict(all=methods(12))).items()))
+        return
     if args.name == parser.get_default("name"):
         args.name = "_".join(["ablate", args.scale, *args.methods])
     folder = Path("runs", args.scale) if args.runs == parser.get_default("runs") else Path(args.runs)
