@@ -1503,7 +1503,7 @@ def test_the_best_model_stays_unless_its_loss_is_of_other_data(other, trained, t
 
 def test_every_setting_given_on_resuming_acts(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    given = dict(lr=0.5, weight_decay=0.3, beta1=0.7, beta2=0.8, adam_eps=0.1, grad_clip=0.2, min_lr=0.5)
+    given = dict(lr=0.5, weight_decay=0.3, beta1=0.7, beta2=0.8, adam_eps=0.1, grad_clip=0.2, min_lr=0.5, keep=2)
     resume(run, "--max_steps=10", *[f"--{name}={value}" for name, value in given.items()])
     checkpoint = torch.load(run / "ckpt.pt")
     assert checkpoint["settings"].items() >= given.items()
@@ -1511,6 +1511,7 @@ def test_every_setting_given_on_resuming_acts(trained, tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.3, 0]
     assert all((g["lr"], tuple(g["betas"]), g["eps"]) == (0.5, (0.7, 0.8), 0.1) for g in groups)
     assert read_metrics(run)[-1]["lr"] == 0.5
+    assert steps_of(run).keys() == {"ckpt.pt", "ckpt-1.pt", "best.pt"}, "of nine that were kept"
 
 
 def test_two_runs_in_one_folder(text_data, trained, capsys):
@@ -1668,6 +1669,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(how, balance, text_dat
     assert all(tensor.isfinite().all() for tensor in last["model"].values())
     assert {float(state["step"]) for state in last["optimizer"]["state"].values()} == {2.0}
     assert not torch.equal(skipped["model"]["head.weight"], last["model"]["head.weight"]), "then it goes on"
+    resume(tmp_path, "--max_steps=5")
+    assert read_metrics(tmp_path)[-1]["skipped_steps"] == 2, "also of the run before"
 
 
 @pytest.mark.parametrize("good_steps", [0, 2])
