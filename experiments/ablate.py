@@ -231,7 +231,8 @@ def draw(runs, results, title):
     left, *rights = fig.subplots(1, 2, width_ratios=[3, 2]) if names else [fig.subplots()]
     draw_curves(left, curves, "val_loss")
     fig.suptitle(title, fontsize=10)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3 if len(curves) > 5 or not names else 5)
+    columns = 5 if names and len(curves) < 6 else 3
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     if not names:
         return fig
     right = rights[0]

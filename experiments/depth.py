@@ -43,7 +43,7 @@ def draw(results, title):
         ax.errorbar(xs, means, yerr=bars, color=methods(12)[method].colour, label=label, marker="o", capsize=3)
         for x, y, L in zip(xs, means, of_depth):
             ax.annotate(f"{L} layers", (x, y), xytext=(6, 6), textcoords="offset points", fontsize=8)
-    ax.margins(x=0.15)
+    ax.margins(x=0.2)
     ax.set(xlim=(0, None), xlabel="stored parameters, millions", ylabel="validation loss, nats per token", title=title)
     ax.legend()
     ax.grid()
