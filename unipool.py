@@ -353,7 +353,7 @@ def cardinality_loss(P, n_owned):
 def assign_experts(usage):
     """Which layer owns which expert. usage: (L, M), the f of each layer -> owned (L, M) bool.
 
-    Each layer gets M / L experts and each expert one layer, such that the most pairs possible go to a layer's own: a
+    Each layer gets M / L experts and each expert one layer, such that as many pairs as possible go to a layer's own: a
     balanced assignment problem, in which each layer stands for M / L rows.
     """
     L, M = usage.shape
@@ -513,7 +513,7 @@ class UniPool(nn.Module):
         owned: (L, M) bool, as assign_experts gives it. The norm in Eq. 7 stays that of all M logits, so that no score
         jumps; at progress 1 those experts are never chosen.
         """
-        # Below 1 in fp32 too, be the step ever so small: train.py --resume reads from seen == 1 who owns what.
+        # Below 1 in fp32 too, however small the step: train.py --resume reads from seen == 1 who owns what.
         fading = min((1 + math.cos(math.pi * progress)) / 2, 1 - 2**-24) if progress else 1.0
         for block, own in zip(self.blocks, owned):
             block.router.seen.copy_(torch.where(own, 1.0, fading))
@@ -765,7 +765,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             log_p = (x_i @ w.t()).float().log_softmax(dim=-1)
             loss = loss - (share * log_p.gather(1, target)).sum()  # torch 2.11 miscompiles `-=` here
             if training:
-                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(share)).to(dtype)  # but for share
+                d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(share)).to(dtype)  # share comes below
                 dx[i : i + LOSS_CHUNK] = (d_logits @ w) * share
                 dw += d_logits.t() @ (x_i * share).to(dtype)
             log_p = d_logits = None  # before the next chunk makes its own
