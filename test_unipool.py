@@ -2273,7 +2273,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path, capsys):
     out, err = capsys.readouterr()
     rows = out.splitlines()
     assert "1.9200 (0.9000 to 2.9400)" in rows[3] and "-0.0800 (-0.1000 to -0.0600)" in rows[3]
-    assert "2.0000 (1.0000 to 3.0000)" in rows[2] and "-0." not in rows[2], "vanilla is not compared with itself"
+    assert "2.0000 (1.0000 to 3.0000)" in rows[2] and "+0.0" not in rows[2], "vanilla is not compared with itself"
     assert "unipool-67-1 is left out" in err and "67%" not in out, "a run that diverged has no loss to show"
 
 
@@ -2289,6 +2289,9 @@ def test_groups_of_methods_and_pools_that_do_not_fit(tmp_path, capsys):
     assert "g6" not in names(["table5"], "tiny") and "g6 is left out" in capsys.readouterr().err
     runs = ablate.choose_runs(["unipool-67"], [1], dict(scale="tiny", n_layer=2), tmp_path)
     assert [run.config.n_expert for run in runs] == [11], "two thirds of 8 experts in each of 2 layers"
+    for scale, share in (("tiny", 0.2), ("182m", 1 / 30)):
+        *_, lock, random_owners = ablate.choose_runs(["lock"], [1], dict(scale=scale), tmp_path)
+        assert lock.settings.lock == pytest.approx(share, rel=1e-3) and random_owners.settings.lock_random
 
 
 TINY_LAYERS = [flag for flag in TINY_RUN if "n_expert" not in flag]  # the method says how many experts
@@ -2518,6 +2521,7 @@ def test_probe_costs_nothing_when_all_experts_are_alike(alike, text_data):
         assert way.keys() == {2, 3}, "the deeper half of four layers"
         changes += [change for layer in way.values() for change in layer["loss"]]
     assert len(changes) == 8 and (max(map(abs, changes)) < 1e-5) == alike, f"changes of the loss: {changes}"
+    assert alike or len(set(changes)) == 8, "each draw is another"
     chosen, shares = model.blocks[3].router.seen[-1][0].unique(), figures["shares"][3]  # of the last, matched, pass
     assert min(shares[i] for i in chosen) >= sorted(shares)[-8], "the 8 experts that the layer uses most"
 
@@ -2583,9 +2587,9 @@ def test_what_bench_compares_takes_turns(monkeypatch):
         return len(turns) / 4  # it has timed itself: half the round's number
 
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    args = mock.Mock(steps=5, seconds=1e9)
+    args = mock.Mock(steps=40, seconds=0)
     found = bench.compare(dict(slow=slow_function, fast=fast_function), args, "test", 12, "tokens", ["slow"])
-    assert turns == ["slow", "fast"] * 7, "two rounds before the five that count"
+    assert turns == ["slow", "fast"] * 7, "two rounds before the five that count, though --seconds are over"
     assert found["slow"]["seconds"] == [7, 10, 13] and found["fast"]["seconds"] == [1.75, 2.5, 3.25]
     assert found["fast"]["tokens per second"][1] == 12 / 2.5 and found["fast"]["times slow"] == [4, 4, 4]
     table = bench.table({"test": found})
