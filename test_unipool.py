@@ -2355,7 +2355,7 @@ def test_a_run_that_never_made_a_step_does_not_stand_in_the_way(text_data, tmp_p
     flags = ["--methods", "dense", "--seeds=1", f"--runs={tmp_path}", "--results=", *TINY_LAYERS, "--max_steps=1"]
     fails(capsys, ablate.main, [*flags, "--data_dir=nowhere"], "dense-1", "--data_dir=nowhere", "log.txt")
     ablate.main([*flags, f"--data_dir={text_data}"])
-    assert read_metrics(tmp_path / "dense-1")[-1]["step"] == 1
+    assert read_metrics(tmp_path / "dense-1")[-1]["step"] == 1 and "| dense |" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="session")
